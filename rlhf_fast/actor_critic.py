@@ -1,0 +1,89 @@
+"""A policy and its critic as one module, so that one forward pass and one wrapper serve both."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from rlhf_fast.data import Rollout
+from rlhf_fast.models import Policy, disable_dropout, hidden_size
+from rlhf_fast.scalar_models import ScalarHead, ScalarModel
+
+
+class Evaluation(NamedTuple):
+    """What policy and critic say of a rollout, fp32 `[B, T]`, 0 where no token was sampled.
+
+    Attributes:
+        logprobs: Of the sampled tokens, under the sampling temperature.
+        entropy: Of the distributions that they were drawn from.
+        values: The critic's, of the state *before* each sampled token.
+        kl: Exact KL from a reference at each sampled token, if one was given.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    kl: Tensor | None
+
+
+class ActorCritic(nn.Module):
+    """Evaluates rollouts for PPO, dropout off.
+
+    Args:
+        policy: The policy.
+        critic: `"head"`: a value head on the policy's trunk, starting at 0 (2019). `"model"`: a
+            trunk of its own, copied from the policy's. A `ScalarModel`, for example a trained
+            `RewardModel`: a copy of it (TL;DR), its last-token head read at every position.
+    """
+
+    def __init__(self, policy: Policy, critic: str | ScalarModel = "head") -> None:
+        super().__init__()
+        self.policy = policy
+        self.head: ScalarHead | None = None
+        self.critic: ScalarModel | None = None
+        if critic == "head":
+            self.head = ScalarHead(hidden_size(policy.model))
+        elif critic == "model":
+            self.critic = ScalarModel(copy.deepcopy(policy.model))
+        elif isinstance(critic, ScalarModel):
+            self.critic = ScalarModel(copy.deepcopy(critic.model))
+            self.critic.head = copy.deepcopy(critic.head)
+        else:
+            raise ValueError(
+                f"critic = {critic!r} is unknown; choose 'head' (a head on the policy's trunk), "
+                "'model' (a trunk of its own), or pass a ScalarModel or RewardModel"
+            )
+        self.requires_grad_(True)
+        disable_dropout(self)
+
+    def parameter_groups(
+        self, learning_rate: float, critic_learning_rate: float | None
+    ) -> list[dict[str, Any]]:
+        """AdamW's groups: the policy, and the value head or critic."""
+        own = self.head if self.head is not None else self.critic
+        assert own is not None
+        return [
+            {"params": list(self.policy.parameters()), "lr": learning_rate},
+            {"params": list(own.parameters()), "lr": critic_learning_rate or learning_rate},
+        ]
+
+    def forward(
+        self, rollout: Rollout, temperature: float, ref: Policy | None = None
+    ) -> Evaluation:
+        """Evaluates the sampled tokens of `rollout`; with `ref`, also the exact KL from it."""
+        output = self.policy(rollout.tokens, rollout.mask, rollout.targets, temperature, ref)
+        start = rollout.prompt_length
+        # The state before token t is the trunk's output at token t - 1.
+        if self.head is not None:
+            values = self.head(output.hidden[:, start - 1 : -1])
+        else:
+            assert self.critic is not None
+            values = self.critic(rollout.tokens, rollout.mask)[:, start - 1 : -1]
+        return Evaluation(
+            logprobs=output.logprobs[:, start:],
+            entropy=output.entropy[:, start:],
+            values=values.masked_fill(~rollout.completion_mask, 0.0),
+            kl=None if output.kl is None else output.kl[:, start:],
+        )

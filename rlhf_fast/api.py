@@ -1,0 +1,100 @@
+"""One call a stage: what the trainers do, with the configuration as keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.loading import load_examples, load_preferences, load_prompts
+from rlhf_fast.trainers import PPOTrainer, RewardTrainer, SFTTrainer
+
+
+def sft(
+    model: Any,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    eval_data: Any = None,
+    run_dir: Any = None,
+    resume: bool = False,
+    pad_token: str | None = None,
+    bad_rows: str = "error",
+    **config: Any,
+) -> SFTTrainer:
+    """Fine-tunes `model` on `data` and returns the trainer; `.model` is the result.
+
+    Arguments are those of `SFTTrainer`; `config` holds fields of `SFTConfig`.
+    `bad_rows` is "error", or "skip" to leave bad rows of the data out with a warning.
+    """
+    return SFTTrainer(
+        model,
+        load_examples(data, bad_rows=bad_rows),
+        tokenizer=tokenizer,
+        config=SFTConfig(**config),
+        eval_data=None if eval_data is None else load_examples(eval_data, bad_rows=bad_rows),
+        run_dir=run_dir,
+        resume=resume,
+        pad_token=pad_token,
+    ).train()
+
+
+def reward(
+    model: Any,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    eval_data: Any = None,
+    run_dir: Any = None,
+    resume: bool = False,
+    pad_token: str | None = None,
+    bad_rows: str = "error",
+    **config: Any,
+) -> RewardTrainer:
+    """Trains a reward model on preference pairs and returns the trainer; `.model` is the result.
+
+    Arguments are those of `RewardTrainer`; `config` holds fields of `RewardConfig`.
+    `bad_rows` is "error", or "skip" to leave bad rows of the data out with a warning.
+    """
+    return RewardTrainer(
+        model,
+        load_preferences(data, bad_rows=bad_rows),
+        tokenizer=tokenizer,
+        config=RewardConfig(**config),
+        eval_data=None if eval_data is None else load_preferences(eval_data, bad_rows=bad_rows),
+        run_dir=run_dir,
+        resume=resume,
+        pad_token=pad_token,
+    ).train()
+
+
+def ppo(
+    model: Any,
+    *,
+    reward: Any,
+    prompts: Any,
+    tokenizer: Any = None,
+    ref: Any = None,
+    critic: Any = "head",
+    run_dir: Any = None,
+    resume: bool = False,
+    pad_token: str | None = None,
+    bad_rows: str = "error",
+    **config: Any,
+) -> PPOTrainer:
+    """Trains `model` by PPO on `reward` and returns the trainer; `.model` is the result.
+
+    Arguments are those of `PPOTrainer`; `config` holds fields of `PPOConfig`.
+    `bad_rows` is "error", or "skip" to leave bad rows of the data out with a warning.
+    """
+    return PPOTrainer(
+        model,
+        reward=reward,
+        prompts=load_prompts(prompts, bad_rows=bad_rows),
+        tokenizer=tokenizer,
+        ref=ref,
+        critic=critic,
+        config=PPOConfig(**config),
+        run_dir=run_dir,
+        resume=resume,
+        pad_token=pad_token,
+    ).train()

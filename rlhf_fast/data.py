@@ -1,0 +1,221 @@
+"""What flows between the stages of training: frozen dataclasses of tensors, and how text gets in.
+
+`B` sequences, `P` prompt tokens, `T` completion tokens, `L = P + T`. Masks say what True means.
+Prompts are padded on the left and completions on the right, so that column `P` of a rollout is
+every sequence's first sampled token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class _Rows:
+    """Row selection and device moves for dataclasses whose tensors all begin with `B`."""
+
+    def _map(self, change: Any) -> Self:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        moved = {
+            name: change(value) if isinstance(value, Tensor | _Rows) else value
+            for name, value in fields.items()
+        }
+        return type(self)(**moved)
+
+    def select(self, index: Tensor) -> Self:
+        """The rows of `index` [K] int64, in its order."""
+        return self._map(lambda x: x.select(index) if isinstance(x, _Rows) else x[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on `device`."""
+        return self._map(lambda x: x.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch(_Rows):
+    """Sequences to learn from.
+
+    Attributes:
+        tokens: int64 `[B, L]`, padded.
+        mask: bool `[B, L]`, True where there is a token (not padding).
+        targets: bool `[B, L]`, True where a token's log-probability counts.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    targets: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout(_Rows):
+    """Sampled completions.
+
+    Attributes:
+        tokens: int64 `[B, P + T]`, prompts padded on the left, completions on the right.
+        mask: bool `[B, P + T]`, True where there is a token (not padding).
+        completion_mask: bool `[B, T]`, True for sampled tokens, the final EOS among them.
+        logprobs: fp32 `[B, T]`, of the sampled tokens under the distribution that they were
+            sampled from; 0 where `completion_mask` is False.
+        finished: bool `[B]`, True where the completion ends in EOS or another stop token.
+        weight_version: number of weight updates the sampling policy had seen.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    completion_mask: Tensor
+    logprobs: Tensor
+    finished: Tensor
+    weight_version: int = 0
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        """`P`, the width of the padded prompts."""
+        return self.tokens.shape[1] - self.completion_mask.shape[1]
+
+    @property
+    def targets(self) -> Tensor:
+        """bool `[B, P + T]`: True for the sampled tokens."""
+        padding = self.completion_mask.new_zeros(len(self), self.prompt_length)
+        return torch.cat([padding, self.completion_mask], dim=1)
+
+    def completion_ids(self) -> list[list[int]]:
+        """The sampled token ids of each sequence, the final EOS among them."""
+        completions = self.tokens[:, self.prompt_length :]
+        return [
+            row[keep].tolist() for row, keep in zip(completions, self.completion_mask, strict=True)
+        ]
+
+    @classmethod
+    def from_lists(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+        eos_ids: Sequence[int] = (),
+        logprobs: Sequence[Sequence[float]] | None = None,
+        weight_version: int = 0,
+    ) -> Self:
+        """Pads lists of ids; a completion that ends in one of `eos_ids` counts as finished.
+
+        Raises:
+            ValueError: The lists differ in length, or a prompt or completion is empty.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(
+                f"{len(prompts)} prompts but {len(completions)} completions; give one completion "
+                "a prompt"
+            )
+        for name, rows in (("prompt", prompts), ("completion", completions)):
+            if empty := [i for i, row in enumerate(rows) if not len(row)]:
+                raise ValueError(
+                    f"{name} {empty[0]} is empty; every {name} needs at least one token"
+                )
+        left, left_mask = pad(prompts, pad_id, side="left")
+        right, right_mask = pad(completions, pad_id, side="right")
+        padded = torch.zeros(right.shape, dtype=torch.float32)
+        if logprobs is not None:
+            padded[right_mask] = torch.tensor([p for row in logprobs for p in row])
+        return cls(
+            tokens=torch.cat([left, right], dim=1),
+            mask=torch.cat([left_mask, right_mask], dim=1),
+            completion_mask=right_mask,
+            logprobs=padded,
+            finished=torch.tensor([row[-1] in set(eos_ids) for row in completions]),
+            weight_version=weight_version,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience(_Rows):
+    """A scored rollout: all that an update needs. fp32 unless said otherwise.
+
+    Attributes:
+        rollout: The completions.
+        scores: `[B]`, the reward function's verdicts.
+        old_logprobs: `[B, T]`, of the sampled tokens under the policy before the update.
+        ref_logprobs: `[B, T]`, of the same tokens under the reference.
+        values: `[B, T]`, the critic's before the update.
+        rewards: `[B, T]`, KL penalty and, at the last token, the score.
+        advantages: `[B, T]`, whitened if so configured.
+        returns: `[B, T]`, what the critic learns.
+    """
+
+    rollout: Rollout
+    scores: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
+    """Pads `rows` to the longest: int64 `[B, L]` ids and bool `[B, L]`, True for real tokens."""
+    length = max((len(row) for row in rows), default=0)
+    tokens = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        tokens[i, where] = torch.tensor(row, dtype=torch.int64)
+        mask[i, where] = True
+    return tokens, mask
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises `ValueError` for a tokenizer without an EOS or a padding token."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no eos_token, so completions could never "
+            "end; set tokenizer.eos_token to the token that ends a text"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no pad_token, so batches cannot be padded; "
+            "set tokenizer.pad_token = tokenizer.eos_token (or pass pad_token=...): masks here "
+            "never look at the padding id, so the two may be the same"
+        )
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt, with the tokenizer's own BOS if it adds one."""
+    return list(tokenizer(text)["input_ids"])
+
+
+def encode_completion(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a completion that follows a prompt: no BOS, EOS at the end."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def check_length(ids: Sequence[int], limit: int, what: str, remedy: str) -> None:
+    """Raises `ValueError` if `ids` are more than `limit` tokens; nothing is ever cut silently."""
+    if len(ids) > limit:
+        raise ValueError(f"{what} has {len(ids)} tokens, but {limit} fit; {remedy}")
+
+
+def batch_indices(step: int, size: int, batch_size: int, seed: int) -> Tensor:
+    """Which of `size` rows make the batch of `step`: int64 `[batch_size]`.
+
+    Reshuffled permutations, one after the other, cut into full batches. A function of its
+    arguments alone, so that a resumed run sees the same batches.
+    """
+    start, rows = step * batch_size, []
+    while len(rows) < batch_size:
+        epoch, offset = divmod(start + len(rows), size)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(size, generator=generator).tolist()
+        rows += order[offset : offset + batch_size - len(rows)]
+    return torch.tensor(rows)
+
+
+def micro_batches(index: Tensor, micro_batch_size: int) -> Iterator[Tensor]:
+    """Cuts `index` [K] into pieces of `micro_batch_size`; the last may be smaller."""
+    yield from index.split(micro_batch_size)

@@ -1,0 +1,61 @@
+"""Argument checks shared by the public ops: they run before any backend sees a tensor.
+
+Every message says which op and which argument, what was given, and what is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Raises `TypeError` for a tensor that is not of a floating dtype; `None` passes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; expected a floating dtype")
+
+
+def integral(op: str, **tensors: Tensor | None) -> None:
+    """Raises `TypeError` for a tensor that is not int32 or int64; `None` passes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; expected int64 or int32")
+
+
+def same_shape(op: str, **tensors: Tensor | None) -> None:
+    """Raises unless all given tensors share the first one's shape and device; `None` passes."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, like = next(iter(given.items()))
+    for name, tensor in given.items():
+        require(
+            tensor.shape == like.shape,
+            f"{op}: {name} has shape {list(tensor.shape)}, but {first} has {list(like.shape)}; "
+            "they must be equal",
+        )
+        require(
+            tensor.device == like.device,
+            f"{op}: {name} is on {tensor.device}, but {first} is on {like.device}; "
+            "move them to one device",
+        )
+
+
+def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises `ValueError` unless `value` is one of `choices`."""
+    require(
+        value in choices,
+        f"{op}: {name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}",
+    )
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics are computed and returned in: fp64 for fp64 input, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

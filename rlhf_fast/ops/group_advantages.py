@@ -1,0 +1,124 @@
+"""Advantages of completions relative to the others of the same prompt: no critic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.backends import resolve
+from rlhf_fast.ops import masked
+from rlhf_fast.ops._checks import floating, integral, one_of, require, stats_dtype
+
+KINDS = ("grpo", "rloo", "dr_grpo", "reinforce++")
+GRPO_EPS = 1e-6
+"""Added to a group's standard deviation; the paper has none, verl's default is this."""
+
+
+def group_advantages_reference(
+    rewards: Tensor, group_size: int | Sequence[int] | Tensor, *, kind: str = "grpo"
+) -> Tensor:
+    """`group_advantages` in PyTorch, arguments unchecked: what every backend must compute."""
+    x = rewards.to(stats_dtype(rewards.dtype))
+    sizes = _sizes(group_size, x.numel())
+    lengths = torch.tensor(sizes, device=x.device, dtype=torch.int64)
+    place = torch.arange(x.numel(), device=x.device)
+    rows = torch.arange(len(sizes), device=x.device).repeat_interleave(
+        lengths, output_size=x.numel()
+    )
+    columns = place - (lengths.cumsum(0) - lengths)[rows]
+    grid = x.new_zeros(len(sizes), max(sizes, default=0)).index_put((rows, columns), x)
+    inside = torch.arange(grid.shape[1], device=x.device) < lengths[:, None]  # [G, largest]
+
+    size = lengths[:, None].to(x.dtype)
+    centred = torch.where(inside, grid - grid.sum(1, keepdim=True) / size, 0.0)
+    # Equal rewards carry no preference. The mean's rounding must not make one up.
+    equal = (~inside | (grid == grid[:, :1])).all(1, keepdim=True)
+    centred = torch.where(equal, 0.0, centred)
+    if kind == "grpo":
+        variance = centred.square().sum(1, keepdim=True) / (size - 1).clamp(min=1)
+        centred = centred / (torch.where(equal, 1.0, variance).sqrt() + GRPO_EPS)
+    elif kind == "rloo":
+        centred = centred * size / (size - 1).clamp(min=1)
+    advantages = centred[rows, columns]
+    if kind == "reinforce++":
+        # Groups are centred, so the batch mean is 0 but for rounding, and is not subtracted: that
+        # keeps the zeros exact.
+        variance = masked.masked_var_reference(
+            advantages, torch.ones_like(advantages), across_processes=True
+        )
+        advantages = advantages * (variance + masked.EPS).rsqrt()
+    return advantages
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int | Sequence[int] | Tensor,
+    *,
+    kind: str = "grpo",
+    backend: str | None = None,
+) -> Tensor:
+    """Compares each reward with its group's: the completions of one prompt, which lie together.
+
+    With mean and standard deviation (unbiased) over the n rewards of a group:
+
+    - `grpo`: `(r - mean) / (std + 1e-6)` (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+    - `dr_grpo`: `r - mean` (Liu et al. 2025, arXiv:2503.20783).
+    - `rloo`: r less the mean of the n - 1 *others*, `(r - mean) * n / (n - 1)` (Ahmadian et al.
+      2024, arXiv:2402.14740).
+    - `reinforce++`: the "-baseline" form of REINFORCE++ (Hu et al. 2025, arXiv:2501.03262):
+      `r - mean`, then whitened over the whole batch, across the processes of torch.distributed
+      where there are any: every process must then make the call. Groups must not be split
+      between processes.
+
+    A group of equal rewards, and so a group of one, gives exactly 0 with every kind.
+
+    Args:
+        rewards: `[B]`, floating, sorted by group.
+        group_size: n; or the `[G]` sizes of unequal groups, which sum to B, as a sequence or an
+            integer tensor (one on a GPU stalls its stream).
+        kind: grpo, rloo, dr_grpo or reinforce++.
+        backend: the implementation to use; None takes the first that fits.
+
+    Returns:
+        `[B]` advantages, fp32 (fp64 for fp64 rewards), differentiable in `rewards`.
+
+    Raises:
+        TypeError: `rewards` is not floating or `group_size` not integral.
+        ValueError: `kind` is unknown, or the groups do not add up to B.
+    """
+    op = "group_advantages"
+    floating(op, rewards=rewards)
+    one_of(op, "kind", kind, KINDS)
+    require(rewards.dim() == 1, f"{op}: rewards has shape {list(rewards.shape)}; expected [B]")
+    if isinstance(group_size, Tensor):
+        integral(op, group_size=group_size)
+        require(
+            group_size.dim() == 1,
+            f"{op}: group_size has shape {list(group_size.shape)}; expected [G], or an int",
+        )
+    batch = rewards.numel()
+    if isinstance(group_size, int):
+        require(
+            group_size >= 1 and batch % group_size == 0,
+            f"{op}: {batch} rewards do not divide into groups of {group_size}; "
+            "give the sizes of unequal groups as a list",
+        )
+    else:
+        sizes = _sizes(group_size, batch)
+        require(
+            min(sizes, default=1) >= 1 and sum(sizes) == batch,
+            f"{op}: group_size {sizes[:8]} sums to {sum(sizes)}; expected sizes >= 1 that sum to "
+            f"the {batch} rewards",
+        )
+    resolve(op, rewards.device, backend, rewards.dtype)
+    return group_advantages_reference(rewards, group_size, kind=kind)
+
+
+def _sizes(group_size: int | Sequence[int] | Tensor, batch: int) -> list[int]:
+    if isinstance(group_size, Tensor):
+        return group_size.tolist()
+    if isinstance(group_size, int):
+        return [group_size] * (batch // group_size)
+    return list(group_size)

@@ -1,0 +1,133 @@
+"""Scalar heads on transformers: values of a critic, scores of a reward model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from rlhf_fast.data import check_tokenizer, encode_completion, encode_prompt, pad
+from rlhf_fast.models import context_length, evaluating, hidden_size, hidden_states
+
+
+class ScalarHead(nn.Module):
+    """A linear map of hidden states to one number, computed in fp32 whatever the trunk's dtype.
+
+    Args:
+        size: `D`.
+        std: Standard deviation of the initial weights; 0 starts every value at 0 (2019).
+    """
+
+    def __init__(self, size: int, std: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size) * std if std else torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """fp32 `[...]` of `hidden` `[..., D]`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.weight.float() + self.bias.float()
+
+
+class ScalarModel(nn.Module):
+    """A transformer with a scalar head on every position: a critic that is its own model.
+
+    Args:
+        model: A causal language model (its head is not used) or a bare transformer.
+        std: See `ScalarHead`.
+    """
+
+    def __init__(self, model: PreTrainedModel, std: float = 0.0) -> None:
+        super().__init__()
+        self.model: PreTrainedModel = model.base_model
+        self.head = ScalarHead(hidden_size(model), std)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """fp32 `[B, L]`: the scalar after each token."""
+        return self.head(hidden_states(self.model, tokens, mask))
+
+
+class RewardModel(ScalarModel):
+    """A scalar for a prompt and its completion, read at the last real token.
+
+    The head starts from N(0, 1 / (D + 1)) (2019). `gain` and `bias` normalise the scores; see
+    `trainers.reward_model.normalize`.
+
+    Args:
+        model: As `ScalarModel`.
+        tokenizer: Encodes what `score` is given.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        check_tokenizer(tokenizer)
+        super().__init__(model, std=(hidden_size(model) + 1) ** -0.5)
+        self.tokenizer = tokenizer
+        self.gain: Tensor
+        self.shift: Tensor
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """fp32 `[B]`, the normalised score of right- or left-padded `tokens` `[B, L]`."""
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, positions, -1).amax(1)
+        scores = super().forward(tokens, mask).gather(1, last[:, None])[:, 0]
+        return scores * self.gain + self.shift
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[str], completions: Sequence[str], *, batch_size: int = 64
+    ) -> Tensor:
+        """fp32 `[B]` on the CPU: the score of each completion, taken as finished by EOS.
+
+        Raises:
+            ValueError: A text is longer than the model's positions reach.
+        """
+        limit = context_length(self.model)
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = encode_prompt(self.tokenizer, prompt)
+            rows.append(ids + encode_completion(self.tokenizer, completion))
+            if limit is not None and len(rows[-1]) > limit:
+                raise ValueError(
+                    f"prompt and completion have {len(rows[-1])} tokens, but the reward model "
+                    f"reads {limit}: {prompt[:40]!r}; shorten the prompt or max_new_tokens"
+                )
+        scores = []
+        with evaluating(self):
+            for start in range(0, len(rows), batch_size):
+                piece = rows[start : start + batch_size]
+                tokens, mask = pad(piece, self.tokenizer.pad_token_id, side="right")
+                device = self.gain.device
+                scores.append(self(tokens.to(device), mask.to(device)).cpu())
+        return torch.cat(scores) if scores else torch.zeros(0)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the trunk, the head and the tokenizer; `from_pretrained` reads them."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()},
+            folder / "reward_head.safetensors",
+        )
+        normaliser = {"gain": self.gain.item(), "shift": self.shift.item()}
+        (folder / "reward_model.json").write_text(json.dumps(normaliser) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Reads what `save_pretrained` wrote."""
+        folder = Path(folder)
+        trunk = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        model = cls(trunk, AutoTokenizer.from_pretrained(folder))
+        model.head.load_state_dict(load_file(folder / "reward_head.safetensors"))
+        normaliser = json.loads((folder / "reward_model.json").read_text())
+        model.gain.fill_(normaliser["gain"])
+        model.shift.fill_(normaliser["shift"])
+        return model.eval()
