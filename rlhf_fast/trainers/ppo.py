@@ -1,0 +1,291 @@
+"""Proximal policy optimisation with a critic (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_fast import rewards
+from rlhf_fast.actor_critic import ActorCritic
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data import Experience, Rollout, batch_indices, check_length, encode_prompt
+from rlhf_fast.loading import DataError, load_prompts
+from rlhf_fast.models import Policy, context_length, load_causal_lm, load_tokenizer
+from rlhf_fast.ops import policy_loss, value_loss
+from rlhf_fast.rollout import HFEngine, RolloutEngine, Sampling
+from rlhf_fast.scalar_models import ScalarModel
+from rlhf_fast.trainers import checkpoint
+from rlhf_fast.trainers.experience import describe, make_experience
+from rlhf_fast.trainers.run import Metrics, Run
+
+
+class PPOTrainer:
+    """Trains a policy on rewards of its own completions.
+
+    `train()` runs it all. For a loop of your own, `generate(prompts)` gives a `Rollout` and
+    `step(rollout, scores)` learns from it.
+
+    Args:
+        policy: A causal language model, its name or folder. It is trained in place.
+        reward: A function `reward(prompts, completions, **columns)`, a `RewardModel`, its folder,
+            `"module:function"`, or a list of these or of `(reward, weight)` pairs; see `rewards`.
+            None if only `generate` and `step` are used.
+        prompts: What `loading.load_prompts` takes. None if only `step` is used.
+        tokenizer: By default the one saved with the policy.
+        ref: Reference policy, its name or folder; by default a frozen copy of `policy`.
+        critic: `"head"`, `"model"`, or a `ScalarModel`; see `ActorCritic`.
+        config: See `PPOConfig`.
+        engine: Samples completions; by default `HFEngine` on the policy itself.
+        run_dir: Where metrics, samples, checkpoints and the policy go; None writes nothing.
+        resume: Go on from the newest checkpoint in `run_dir`.
+        pad_token: Padding token for a tokenizer without one.
+
+    Raises:
+        DataError, ConfigError, ValueError: Bad prompts, configuration or tokenizer, before
+            training. `train` and `score` raise `RewardError` for a reward function that fails.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | PreTrainedModel,
+        *,
+        reward: Any = None,
+        prompts: Any = None,
+        tokenizer: Any = None,
+        ref: str | Path | PreTrainedModel | None = None,
+        critic: str | ScalarModel = "head",
+        config: PPOConfig | None = None,
+        engine: RolloutEngine | None = None,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        pad_token: str | None = None,
+    ) -> None:
+        self.config = config = config or PPOConfig()
+        self.run = Run(config, run_dir, resume=resume)
+        self.tokenizer = load_tokenizer(tokenizer, policy, pad_token)
+        self.model = load_causal_lm(policy)
+        self._reward = None if reward is None else rewards.as_reward(reward).to(self.run.device)
+        self.prompts = [] if prompts is None else load_prompts(prompts)
+        self._prompt_ids = [self._encode(prompt.text) for prompt in self.prompts]
+        if config.top_k or config.top_p < 1:
+            warnings.warn(
+                f"top_k={config.top_k}, top_p={config.top_p}: completions are drawn from a "
+                "truncated distribution, but ratios and KL are those of the full one, so both "
+                "are biased; top_k=0, top_p=1 is exact",
+                stacklevel=2,
+            )
+        wrapped = Policy(self.model)
+        reference = wrapped if ref is None else Policy(load_causal_lm(ref))
+        self.ref = reference.frozen_copy().to(self.run.device)
+        actor_critic = ActorCritic(wrapped, critic)
+        updates = config.iterations * config.epochs * self._minibatches
+        optimizer, self._schedule = self.run.optimizer(
+            actor_critic.parameter_groups(config.learning_rate, config.critic_learning_rate),
+            updates,
+        )
+        self._module, self._optimizer = self.run.accelerator.prepare(actor_critic, optimizer)
+        self.run.accelerator.register_for_checkpointing(self._schedule)
+        self.engine = engine or HFEngine(self.model, self.tokenizer)
+        self.kl_coef = config.kl_coef
+        if resume:
+            self.kl_coef = checkpoint.restore(self.run)["kl_coef"]
+
+    @property
+    def _minibatches(self) -> int:
+        return self.config.rollout_batch_size // self.config.batch_size
+
+    def _encode(self, text: str) -> list[int]:
+        config = self.config
+        context = min(config.max_length, context_length(self.model) or config.max_length)
+        ids = encode_prompt(self.tokenizer, text)
+        limit = context - config.max_new_tokens
+        check_length(
+            ids,
+            limit,
+            f"prompt {text[:40]!r}",
+            f"the context of {context} tokens less max_new_tokens = {config.max_new_tokens}; "
+            "shorten the prompt, lower max_new_tokens, or raise max_length if the model reads more",
+        )
+        return ids
+
+    def train(self) -> PPOTrainer:
+        """Runs the configured iterations; returns itself."""
+        if not self.prompts:
+            raise DataError("train() has no prompts; pass prompts=... to the trainer")
+        run, config = self.run, self.config
+        for iteration in run.steps(config.iterations, "PPO", "score"):
+            started = time.perf_counter()
+            rows = self._rows(iteration)
+            rollout = self.generate([self._prompt_ids[i] for i in rows])
+            sampled = time.perf_counter()
+            scores, extra = self.score(rollout, rows)
+            scored = time.perf_counter()
+            metrics = self.step(rollout, scores)
+            times = {
+                "seconds_generate": sampled - started,
+                "seconds_score": scored - sampled,
+                "seconds_update": time.perf_counter() - scored,
+            }
+            run.log({**metrics, **extra, **times})
+            run.keep_samples(self._describe_samples(rollout, rows, scores))
+            if config.save_every and run.step % config.save_every == 0:
+                checkpoint.save(run, {"kl_coef": self.kl_coef}, self.save)
+        if run.folder is not None and run.accelerator.is_main_process:
+            self.save(run.folder / "model")
+        run.finish()
+        return self
+
+    def _describe_samples(
+        self, rollout: Rollout, rows: Sequence[int], scores: Tensor, most: int = 8
+    ) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": self.prompts[row].text,
+                "completion": self.tokenizer.decode(ids),
+                "score": score,
+            }
+            for row, ids, score in zip(
+                rows[:most], rollout.completion_ids(), scores.tolist(), strict=False
+            )
+        ]
+
+    def _rows(self, iteration: int) -> list[int]:
+        """Which prompts this process samples in `iteration`, each `samples_per_prompt` times."""
+        config = self.config
+        count = config.rollout_batch_size // config.samples_per_prompt
+        index = batch_indices(iteration, len(self.prompts), count, config.seed)
+        return self.run.local(index.repeat_interleave(config.samples_per_prompt)).tolist()
+
+    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> Rollout:
+        """Samples one completion for each prompt (text or token ids), in order."""
+        config = self.config
+        ids = [self._encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        sampling = Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            ignore_eos=config.ignore_eos,
+            # A function of the step, so that a resumed run draws what the first would have.
+            seed=((config.seed * 1_000_003 + self.run.step) * 4_099 + self.run.rank) % 2**63,
+        )
+        return self.engine.generate(ids, sampling)
+
+    def score(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        """The reward function's scores `[B]` of completions of the prompts numbered `rows`."""
+        if self._reward is None:
+            raise rewards.RewardError("there is no reward function; pass reward=... to the trainer")
+        ids = rollout.completion_ids()
+        names = self.prompts[rows[0]].columns
+        return rewards.evaluate(
+            self._reward,
+            [self.prompts[i].text for i in rows],
+            self.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            completion_ids=ids,
+            columns={name: [self.prompts[i].columns[name] for i in rows] for name in names},
+        )
+
+    def step(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> dict[str, float]:
+        """Learns from completions and their scores `[B]`; returns the metrics.
+
+        Raises:
+            ValueError: `scores` is not one finite number a completion.
+        """
+        config, run = self.config, self.run
+        scores = torch.as_tensor(scores, dtype=torch.float32).to(run.device)
+        if scores.shape != (len(rollout),) or not scores.isfinite().all():
+            raise ValueError(
+                f"scores has shape {list(scores.shape)} and {int((~scores.isfinite()).sum())} "
+                f"non-finite values; give one finite number for each of {len(rollout)} completions"
+            )
+        micro_batch = config.micro_batch // run.world
+        experience = make_experience(
+            self._module,
+            self.ref,
+            rollout.to(run.device),
+            scores,
+            config,
+            self.kl_coef,
+            micro_batch,
+        )
+        described = describe(experience, self.kl_coef)
+        metrics = self._update(experience)
+        metrics |= run.reduce({name: value / run.world for name, value in described.items()})
+        metrics |= {"kl_coef": self.kl_coef, "learning_rate": self._schedule.get_last_lr()[0]}
+        self._adapt_kl(metrics["kl"], len(rollout) * run.world)
+        run.step += 1
+        self.engine.update_weights(run.step)
+        return metrics
+
+    def _update(self, experience: Experience) -> dict[str, float]:
+        """`epochs` passes over `experience`; returns the metrics of the last."""
+        config, run = self.config, self.run
+        size = len(experience.rollout)
+        batch = config.batch_size // run.world
+        metrics: list[Metrics] = []
+        for epoch in range(config.epochs):
+            seed = (config.seed * 1_000_003 + run.step) * 101 + epoch
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+            metrics = []
+            for index in order.to(run.device).split(batch):
+                minibatch = experience.select(index)
+                tokens = run.total(minibatch.rollout.completion_mask.sum())
+                pieces = torch.arange(len(index), device=run.device).split(
+                    config.micro_batch // run.world
+                )
+                metrics.append(
+                    run.optimize(
+                        self._module,
+                        self._optimizer,
+                        self._schedule,
+                        [minibatch.select(piece) for piece in pieces],
+                        partial(self._loss, tokens=tokens),
+                    )
+                )
+        sums = [run.reduce(part) for part in metrics]
+        return {name: sum(part[name] for part in sums) / len(sums) for name in sums[0]}
+
+    def _loss(self, piece: Experience, tokens: Tensor) -> tuple[Tensor, Metrics]:
+        config, mask = self.config, piece.rollout.completion_mask
+        in_loss, exact = config.kl_loss_coef > 0, config.kl_loss_kind == "full"
+        ref = self.ref if in_loss and exact else None
+        new = self._module(piece.rollout, config.temperature, ref)
+        loss, metrics = policy_loss(
+            new.logprobs,
+            piece.old_logprobs,
+            piece.advantages,
+            mask,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            normalizer=tokens,
+            entropy=new.entropy,
+            entropy_coef=config.entropy_coef,
+            ref_logprobs=piece.ref_logprobs if in_loss and not exact else None,
+            kl=new.kl,
+            kl_coef=config.kl_loss_coef,
+            kl_kind="k2" if exact else config.kl_loss_kind,
+        )
+        critic_loss, critic_metrics = value_loss(
+            new.values, piece.values, piece.returns, mask, clip=config.value_clip, normalizer=tokens
+        )
+        metrics |= {"value_loss": critic_loss.detach(), **critic_metrics}
+        return loss + config.value_coef * critic_loss, metrics
+
+    def _adapt_kl(self, kl: float, sequences: int) -> None:
+        """Moves `kl_coef` toward the KL target: Ziegler et al. (2019), section 2.2."""
+        if self.config.kl_target is not None:
+            error = min(max(kl / self.config.kl_target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * sequences / self.config.kl_horizon
+
+    def save(self, folder: Path) -> None:
+        """Writes policy and tokenizer; `AutoModelForCausalLM.from_pretrained` reads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,137 @@
+"""Supervised fine-tuning: the first stage, and the reference of the other two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_fast.config import SFTConfig
+from rlhf_fast.data import TokenBatch, check_length, encode_completion, encode_prompt, pad
+from rlhf_fast.loading import load_examples
+from rlhf_fast.models import Policy, context_length, evaluating, load_causal_lm, load_tokenizer
+from rlhf_fast.trainers import checkpoint
+from rlhf_fast.trainers.run import Metrics, Run, count_steps, pieces_of
+
+
+class SFTTrainer:
+    """Trains a causal language model to continue prompts as the examples do.
+
+    Args:
+        model: A model, or the name or folder of one.
+        data: What `loading.load_examples` takes: `{prompt, completion}` rows, `{text}` rows, or
+            preference rows (the chosen answers).
+        tokenizer: By default the one saved with the model.
+        config: See `SFTConfig`.
+        eval_data: Held-out examples; the loss on them is logged at the end.
+        run_dir: Where metrics, checkpoints and the trained model go; None writes nothing.
+        resume: Go on from the newest checkpoint in `run_dir`.
+        pad_token: Padding token for a tokenizer without one.
+
+    Raises:
+        DataError, ConfigError, ValueError: Bad data, configuration or tokenizer, before training.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        data: Any,
+        *,
+        tokenizer: Any = None,
+        config: SFTConfig | None = None,
+        eval_data: Any = None,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        pad_token: str | None = None,
+    ) -> None:
+        self.config = config or SFTConfig()
+        self.run = Run(self.config, run_dir, resume=resume)
+        self.tokenizer = load_tokenizer(tokenizer, model, pad_token)
+        self.model = load_causal_lm(model)
+        limit = min(self.config.max_length, context_length(self.model) or self.config.max_length)
+        self._rows = self._encode(data, limit)
+        self._eval_rows = None if eval_data is None else self._encode(eval_data, limit)
+        self.total_steps = count_steps(len(self._rows), self.config.batch_size, self.config.epochs)
+        policy = Policy(self.model)
+        optimizer, self._schedule = self.run.optimizer(
+            [{"params": list(policy.parameters())}], self.total_steps
+        )
+        self._module, self._optimizer = self.run.accelerator.prepare(policy, optimizer)
+        self.run.accelerator.register_for_checkpointing(self._schedule)
+        if resume:
+            checkpoint.restore(self.run)
+
+    def _encode(self, data: Any, limit: int) -> list[tuple[list[int], int]]:
+        """Each example's token ids, and where its targets begin."""
+        rows = []
+        for i, example in enumerate(load_examples(data), start=1):
+            prompt = encode_prompt(self.tokenizer, example.prompt) if example.prompt else []
+            ids = prompt + encode_completion(self.tokenizer, example.completion)
+            check_length(
+                ids,
+                limit,
+                f"row {i} of the data",
+                "shorten the row, or raise max_length if the model reads more",
+            )
+            begins = len(prompt) if self.config.loss_on == "completion" else 0
+            rows.append((ids, max(begins, 1)))
+        return rows
+
+    def _batch(self, rows: Sequence[tuple[list[int], int]]) -> TokenBatch:
+        tokens, mask = pad([ids for ids, _ in rows], self.tokenizer.pad_token_id, side="right")
+        begins = torch.tensor([begin for _, begin in rows])
+        targets = mask & (torch.arange(mask.shape[1]) >= begins[:, None])
+        return TokenBatch(tokens, mask, targets).to(self.run.device)
+
+    def train(self) -> SFTTrainer:
+        """Trains to the end of the configured epochs; returns itself."""
+        run = self.run
+        for step in run.steps(self.total_steps, "SFT", "loss"):
+            pieces = [
+                self._batch([self._rows[i] for i in piece])
+                for piece in pieces_of(run, step, len(self._rows))
+            ]
+            tokens = run.total(torch.stack([piece.targets.sum() for piece in pieces]).sum())
+            metrics = run.optimize(
+                self._module,
+                self._optimizer,
+                self._schedule,
+                pieces,
+                partial(self._loss, tokens=tokens),
+            )
+            run.step = step + 1
+            run.log({**run.reduce(metrics), "learning_rate": self._schedule.get_last_lr()[0]})
+            if self.config.save_every and run.step % self.config.save_every == 0:
+                checkpoint.save(run, {}, self.save)
+        if self._eval_rows is not None:
+            run.log({"eval_loss": self.evaluate(self._eval_rows)})
+        if run.folder is not None and run.accelerator.is_main_process:
+            self.save(run.folder / "model")
+        run.finish()
+        return self
+
+    def _loss(self, batch: TokenBatch, tokens: Tensor) -> tuple[Tensor, Metrics]:
+        output = self._module(batch.tokens, batch.mask, batch.targets)
+        loss = -output.logprobs.sum() / tokens
+        return loss, {"loss": loss.detach(), "entropy": output.entropy.detach().sum() / tokens}
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[tuple[list[int], int]]) -> float:
+        """Mean negative log-likelihood of the target tokens of encoded `rows`, in nats."""
+        total = torch.zeros(2, device=self.run.device, dtype=torch.float64)
+        with evaluating(self._module):
+            for start in range(0, len(rows), self.config.micro_batch):
+                batch = self._batch(rows[start : start + self.config.micro_batch])
+                output = self._module(batch.tokens, batch.mask, batch.targets)
+                total += torch.stack([-output.logprobs.sum(), batch.targets.sum()])
+        return float(total[0] / total[1])
+
+    def save(self, folder: Path) -> None:
+        """Writes the model and its tokenizer; `AutoModelForCausalLM.from_pretrained` reads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

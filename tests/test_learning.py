@@ -1,0 +1,104 @@
+"""Learning gates: training reaches a known optimum, or it is wrong. Never loosened to pass."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from closed_form import Problem, random_model, sequence_logprobs, symbol_tokenizer
+
+from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_fast.scratch import tiny_llama, train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two are slower on nets this small
+    yield
+    torch.set_num_threads(threads)
+
+
+def train_closed_form(seed, iterations, batch):
+    model = random_model(seed)
+    problem = Problem.make(model, seed)
+    trainer = PPOTrainer(
+        model,
+        reward=problem.reward,
+        prompts=["^"],
+        tokenizer=symbol_tokenizer(),
+        critic="model",
+        config=PPOConfig(
+            seed=seed, iterations=iterations, rollout_batch_size=batch, batch_size=batch,
+            epochs=2, max_new_tokens=3, ignore_eos=True, kl_coef=problem.beta,
+            learning_rate=2e-3, max_length=8,
+        ),
+    ).train()  # fmt: skip
+    return problem, sequence_logprobs(model, problem.completions), trainer.run.history
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gate_a_ppo_reaches_the_closed_form_optimum(seed):
+    problem, logprobs, history = train_closed_form(seed, iterations=80, batch=128)
+    assert problem.gap_closed(logprobs) >= 0.99
+    # At the optimum every sampled score - beta * log(policy / ref) is beta * log Z.
+    assert history[-1]["soft_return"] == pytest.approx(problem.best, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_gate_a_long_ppo_reaches_the_closed_form_optimum(seed):
+    problem, logprobs, history = train_closed_form(seed, iterations=150, batch=256)
+    assert problem.gap_closed(logprobs) >= 0.995
+    assert problem.total_variation(logprobs) <= 0.02
+    assert history[-1]["soft_return_std"] <= 0.05
+
+
+WORDS = "oak elm fir ash yew bay fig sky sea sun rye tea".split()
+
+
+def judged_pairs(count, seed):
+    """Pairs of word lists, ranked by a noisy judge of a known utility, and the Bayes accuracy.
+
+    Utility: the sum of the words' values, and 1 for each word that repeats the one before it.
+    Bradley-Terry: the better is preferred with probability `sigmoid(difference)`.
+    """
+    values = {word: 1.2 * (i - 5.5) / 5.5 for i, word in enumerate(WORDS)}
+    rng = random.Random(seed)
+    rows, agreement = [], 0.0
+    for _ in range(count):
+        answers = [rng.choices(WORDS, k=rng.randint(4, 8)) for _ in range(2)]
+        utilities = [
+            sum(values[word] for word in words) + sum(map(str.__eq__, words, words[1:]))
+            for words in answers
+        ]
+        p = 1 / (1 + math.exp(utilities[1] - utilities[0]))
+        agreement += max(p, 1 - p)
+        texts = [" " + " ".join(words) for words in answers]
+        if texts[0] == texts[1]:
+            continue
+        chosen, rejected = texts if rng.random() < p else texts[::-1]
+        rows.append({"prompt": "rate this:", "chosen": chosen, "rejected": rejected})
+    return rows, agreement / count
+
+
+def test_gate_f_a_reward_model_comes_within_six_points_of_the_bayes_accuracy():
+    train, _ = judged_pairs(4000, seed=1)
+    test, bayes = judged_pairs(2000, seed=2)
+    tokenizer = train_tokenizer(["rate this: " + " ".join(WORDS)], 320)
+    trainer = RewardTrainer(
+        tiny_llama(tokenizer, hidden_size=48, context=32),
+        train,
+        tokenizer=tokenizer,
+        config=RewardConfig(
+            batch_size=50, learning_rate=2e-3, epochs=2, center=0.01, max_length=32
+        ),
+        eval_data=test,
+    ).train()
+    assert 0.80 < bayes < 0.90
+    assert trainer.run.history[-1]["eval_accuracy"] >= bayes - 0.06
+    prompts = [row["prompt"] for row in test]
+    scores = trainer.model.score(prompts, [row["chosen"] for row in test])
+    assert abs(scores.mean()) < 0.5  # centred and normalised: chosen ones a little above 0
