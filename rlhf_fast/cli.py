@@ -78,7 +78,9 @@ def ppo(
 
 @app.command()
 def demo(
-    run_dir: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"),
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder for results.", show_default="runs/demo-<time>")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, training and sampling.")] = 0,
     debug: Debug = False,
 ) -> None:

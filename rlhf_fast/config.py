@@ -51,7 +51,9 @@ class _Config(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="optimiser steps of linear warm-up")
     adam_eps: float = Field(1e-5, gt=0, description="epsilon of AdamW (2019; 1e-8 elsewhere)")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the global norm; null: no clip")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="clip the global norm; null: no clip"
+    )
     batch_size: int = Field(64, ge=1, description="sequences (or pairs) an optimiser step, global")
     micro_batch_size: int | None = Field(
         None, ge=1, description="sequences (or pairs) a forward pass, global; null: batch_size"
@@ -120,12 +122,16 @@ class PPOConfig(_Config):
     epochs: int = Field(4, ge=1, description="passes over the rollouts, reshuffled each (2019)")
     # sampling
     max_new_tokens: int = Field(64, ge=1, description="completion length at most")
-    temperature: float = Field(1.0, gt=0, description="of sampling and of every log-prob (2019: .7)")
+    temperature: float = Field(
+        1.0, gt=0, description="of sampling and of every log-prob (2019: .7)"
+    )
     top_k: int = Field(0, ge=0, description="0: all; else ratios and KL are biased")
     top_p: float = Field(1.0, gt=0, le=1, description="1: all; else ratios and KL are biased")
     ignore_eos: bool = Field(False, description="always sample max_new_tokens tokens")
     # reward
-    kl_coef: float = Field(0.05, ge=0, description="beta of the KL in the reward (TL;DR; 2019: .15)")
+    kl_coef: float = Field(
+        0.05, ge=0, description="beta of the KL in the reward (TL;DR; 2019: .15)"
+    )
     kl_estimator: Literal["k1"] = Field("k1", description="of the KL in the reward: k1 only")
     kl_target: float | None = Field(
         None, gt=0, description="adaptive KL: target nats a sequence (2019: 6); null: fixed"
@@ -141,7 +147,9 @@ class PPOConfig(_Config):
     value_lam: float | None = Field(None, ge=0, le=1, description="lambda of returns (VAPO: 1)")
     whiten_advantages: bool = Field(True, description="mean 0, variance 1 over the batch (2019)")
     # loss
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - clip_low (2019)")
+    clip_low: float = Field(
+        0.2, gt=0, lt=1, description="ratio is clipped below 1 - clip_low (2019)"
+    )
     clip_high: float = Field(0.2, gt=0, description="and above 1 + clip_high (2019; DAPO: .28)")
     value_clip: float | None = Field(0.2, gt=0, description="of values, around the old (2019)")
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss (2019)")

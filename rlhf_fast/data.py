@@ -8,7 +8,7 @@ every sequence's first sampled token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -207,15 +207,11 @@ def batch_indices(step: int, size: int, batch_size: int, seed: int) -> Tensor:
     Reshuffled permutations, one after the other, cut into full batches. A function of its
     arguments alone, so that a resumed run sees the same batches.
     """
-    start, rows = step * batch_size, []
+    start = step * batch_size
+    rows: list[int] = []
     while len(rows) < batch_size:
         epoch, offset = divmod(start + len(rows), size)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(size, generator=generator).tolist()
         rows += order[offset : offset + batch_size - len(rows)]
     return torch.tensor(rows)
-
-
-def micro_batches(index: Tensor, micro_batch_size: int) -> Iterator[Tensor]:
-    """Cuts `index` [K] into pieces of `micro_batch_size`; the last may be smaller."""
-    yield from index.split(micro_batch_size)

@@ -9,7 +9,6 @@ logits are used.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,18 +82,13 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-@functools.cache
-def _takes_positions(model_class: type) -> bool:
-    return "position_ids" in inspect.signature(model_class.forward).parameters
-
-
 def model_inputs(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> dict[str, Any]:
     """Keyword arguments of a transformer for int64 `tokens` and bool `mask`, both `[B, L]`.
 
     Position ids count real tokens, so left padding, right padding and none mean the same.
     """
     inputs = {"input_ids": tokens, "attention_mask": mask.long(), "use_cache": False}
-    if _takes_positions(type(model.base_model)):
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return inputs
 
@@ -222,7 +216,9 @@ class Policy(nn.Module):
             logprobs, entropy = self._from_hidden(
                 hidden, tokens, targets, temperature, self.head_options
             )
-        kl = None if ref is None else self._exact_kl(ref, hidden, tokens, mask, targets, temperature)
+        kl = (
+            None if ref is None else self._exact_kl(ref, hidden, tokens, mask, targets, temperature)
+        )
         return PolicyOutput(logprobs, entropy, hidden, kl)
 
     def _exact_kl(

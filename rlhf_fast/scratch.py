@@ -49,6 +49,9 @@ def tiny_llama(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=context,
+        # The usual 0.02 is meant for widths of thousands: a narrow model's attention would begin
+        # all but uniform, and take hundreds of steps to find out what to look at.
+        initializer_range=hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -270,7 +270,7 @@ def test_the_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("demo").exit_code == 0
     assert run("demo", "--run-dir", "there", "--seed", "3").exit_code == 0
     assert calls == [
-        {"run_dir": Path("runs/demo"), "seed": 0},
+        {"run_dir": None, "seed": 0},
         {"run_dir": Path("there"), "seed": 3},
     ]
 

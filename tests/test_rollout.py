@@ -21,14 +21,10 @@ def tokenizer():
 
 @pytest.fixture
 def engine(tokenizer):
-    model = tiny_llama(tokenizer, hidden_size=32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
-    return HFEngine(model, tokenizer)
+    return HFEngine(tiny_llama(tokenizer, hidden_size=32), tokenizer)
 
 
-def encourage_end(engine, amount=2.0):
+def encourage_end(engine):
     """Makes EOS likely enough that completions end at different lengths."""
     processor = engine.model.lm_head
     end = engine.tokenizer.eos_token_id
@@ -37,7 +33,7 @@ def encourage_end(engine, amount=2.0):
     def biased(hidden):
         logits = forward(hidden)
         bias = torch.zeros(logits.shape[-1])
-        bias[end] = amount
+        bias[end] = 4.0
         return logits + bias
 
     processor.forward = biased
@@ -54,7 +50,7 @@ def test_logprobs_are_the_policys_under_the_sampling_temperature(engine, tempera
 
 
 def test_a_completion_counts_up_to_and_with_its_end_token(engine):
-    encourage_end(engine, 8.0)
+    encourage_end(engine)
     rollout = engine.generate(PROMPTS, Sampling(12, seed=0))
     end = engine.tokenizer.eos_token_id
     lengths = set()
@@ -69,7 +65,7 @@ def test_a_completion_counts_up_to_and_with_its_end_token(engine):
 
 
 def test_padding_that_is_the_end_token_changes_nothing(engine):
-    encourage_end(engine, 8.0)
+    encourage_end(engine)
     expected = engine.generate(PROMPTS, Sampling(12, seed=0))
     engine.tokenizer = type(engine.tokenizer)(
         tokenizer_object=engine.tokenizer.backend_tokenizer,

@@ -52,11 +52,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    model = tiny_llama(tokenizer, hidden_size=32, context=64)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
-    return model
+    return tiny_llama(tokenizer, hidden_size=32, context=64)
 
 
 def weights(model):
@@ -449,6 +445,28 @@ def test_scores_that_do_not_fit_are_refused(model, tokenizer, scores, message):
     trainer = PPOTrainer(model, tokenizer=tokenizer, config=ppo_config())
     with pytest.raises(ValueError, match=message):
         trainer.step(trainer.generate(PROMPTS[:8]), scores)
+
+
+def test_stepping_beyond_the_schedule_is_refused(model, tokenizer):
+    trainer = PPOTrainer(model, tokenizer=tokenizer, config=ppo_config(iterations=1))
+    rollout = trainer.generate(PROMPTS[:8])
+    trainer.step(rollout, [0.0] * 8)
+    with pytest.raises(ValueError, match="more often than iterations = 1, where the linear"):
+        trainer.step(rollout, [0.0] * 8)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_each_stage_may_have_its_own_precision(model, tokenizer, precision):
+    trainer = PPOTrainer(
+        model, reward=length_reward, prompts=PROMPTS, tokenizer=tokenizer,
+        config=ppo_config(mixed_precision=precision, epochs=1),
+    ).train()  # fmt: skip
+    assert trainer.run.accelerator.mixed_precision == precision
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    # Before the first update policy, reference and old log-probs are one and the same, whatever
+    # the precision of the trunk.
+    assert trainer.run.history[0]["approx_kl_k3"] == pytest.approx(0.0, abs=1e-6)
+    assert trainer.run.history[0]["kl"] == pytest.approx(0.0, abs=0.05)
 
 
 def test_rollouts_of_ones_own_can_be_learnt_from(model, tokenizer):

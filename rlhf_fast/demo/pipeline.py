@@ -123,13 +123,18 @@ def evaluate(
     )
 
 
-def main(run_dir: str | Path = "runs/demo", seed: int = 0) -> dict[str, Any]:
+def main(run_dir: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
     """Runs the pipeline, prints what it finds and keeps it in `run_dir`.
+
+    Args:
+        run_dir: A folder for this run alone; by default `runs/demo-<time>`.
+        seed: Of the data, the weights, the training and the sampling.
 
     Returns:
         The report, as in `run_dir/report.json`.
     """
-    run_dir, console, started = Path(run_dir), Console(), time.perf_counter()
+    run_dir = Path(run_dir or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
+    console, started = Console(), time.perf_counter()
     disable_progress_bar()  # of transformers, for the writing of files: they tear ours
     rng = random.Random(seed)
     train_prompts, test_prompts = cafe.split_prompts(HELD_OUT, seed)

@@ -16,6 +16,11 @@ def _rounds(values: Sequence[float], rounds: int) -> list[float]:
     return [sum(values[i * size : (i + 1) * size]) / size for i in range(rounds)]
 
 
+def _smooth(values: Sequence[float], width: int) -> list[float]:
+    windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def plot(
     path: Path,
     *,
@@ -59,8 +64,8 @@ def plot(
     draw(
         axes[0, 1],
         [row["step"] for row in reward],
-        [row["accuracy"] for row in reward],
-        "reward model: training accuracy",
+        _smooth([row["accuracy"] for row in reward], 10),
+        "reward model: training accuracy, mean of 10 steps",
         "step",
     )
     line(axes[0, 1], report["bayes_accuracy"], "Bayes accuracy", ACCENT)

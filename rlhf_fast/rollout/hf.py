@@ -104,7 +104,9 @@ class HFEngine:
         if not prompts:
             raise ValueError("no prompts to generate from; give at least one")
         device, stops = self.model.device, [] if sampling.ignore_eos else self._stops(sampling)
-        tokens, mask = (x.to(device) for x in pad(prompts, self.tokenizer.pad_token_id, side="left"))
+        tokens, mask = (
+            x.to(device) for x in pad(prompts, self.tokenizer.pad_token_id, side="left")
+        )
         sampler = _Sampler(sampling, len(self.tokenizer))
         generation = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,

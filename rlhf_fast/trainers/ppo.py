@@ -197,9 +197,16 @@ class PPOTrainer:
         """Learns from completions and their scores `[B]`; returns the metrics.
 
         Raises:
-            ValueError: `scores` is not one finite number a completion.
+            ValueError: `scores` is not one finite number a completion, or the learning-rate
+                schedule is at its end.
         """
         config, run = self.config, self.run
+        if run.step >= config.iterations and config.lr_schedule != "constant":
+            raise ValueError(
+                f"step() was called more often than iterations = {config.iterations}, where the "
+                f"{config.lr_schedule} schedule ends: nothing would be learnt; raise iterations, "
+                "or set lr_schedule='constant'"
+            )
         scores = torch.as_tensor(scores, dtype=torch.float32).to(run.device)
         if scores.shape != (len(rollout),) or not scores.isfinite().all():
             raise ValueError(
@@ -231,6 +238,7 @@ class PPOTrainer:
         size = len(experience.rollout)
         batch = config.batch_size // run.world
         metrics: list[Metrics] = []
+        self._module.train()
         for epoch in range(config.epochs):
             seed = (config.seed * 1_000_003 + run.step) * 101 + epoch
             order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))

@@ -120,6 +120,7 @@ class RewardTrainer:
     def train(self) -> RewardTrainer:
         """Trains to the end of the configured epochs; returns itself."""
         run = self.run
+        self._module.train()
         for step in run.steps(self.total_steps, "reward model", "accuracy"):
             pieces = [
                 [self._pairs[i] for i in piece] for piece in pieces_of(run, step, len(self._pairs))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class Run:
     def __init__(self, config: _Config, folder: str | Path | None, *, resume: bool = False) -> None:
         self.config = config
         self.folder = None if folder is None else Path(folder)
+        # accelerate keeps one precision a process; here each stage may have its own.
+        AcceleratorState._reset_state()
         tracked = config.log_with if self.folder is not None else None
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with=tracked, project_dir=self.folder

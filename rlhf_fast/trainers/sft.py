@@ -91,6 +91,7 @@ class SFTTrainer:
     def train(self) -> SFTTrainer:
         """Trains to the end of the configured epochs; returns itself."""
         run = self.run
+        self._module.train()
         for step in run.steps(self.total_steps, "SFT", "loss"):
             pieces = [
                 self._batch([self._rows[i] for i in piece])
