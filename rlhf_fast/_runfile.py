@@ -19,6 +19,8 @@ ARGUMENTS = {
     "model": "model to train: name on the Hugging Face hub, or a folder",
     "data": "training data: .jsonl[.gz], .csv or .parquet file, or rows",
     "eval_data": "held-out data in the same form; null: none",
+    "reference_data": "completions of the reference, {prompt, completion} rows, to normalise the "
+    "scores on; null: those of data",
     "reward": "file.py:function, module:function, folder of a reward model, or a list of "
     "them or of [reward, weight]",
     "prompts": "prompts to train on: .jsonl[.gz], .csv or .parquet file, or rows",

@@ -32,7 +32,7 @@ class ActorCritic(nn.Module):
     """Evaluates rollouts for PPO, dropout off.
 
     Args:
-        policy: The policy.
+        policy: The policy; parameters of it that are frozen stay so.
         critic: `"head"`: a value head on the policy's trunk, starting at 0 (2019). `"model"`: a
             trunk of its own, copied from the policy's. A `ScalarModel`, for example a trained
             `RewardModel`: a copy of it (TL;DR), its last-token head read at every position.
@@ -46,16 +46,14 @@ class ActorCritic(nn.Module):
         if critic == "head":
             self.head = ScalarHead(hidden_size(policy.model))
         elif critic == "model":
-            self.critic = ScalarModel(copy.deepcopy(policy.model))
+            self.critic = ScalarModel(copy.deepcopy(policy.model)).requires_grad_(True)
         elif isinstance(critic, ScalarModel):
-            self.critic = ScalarModel(copy.deepcopy(critic.model))
-            self.critic.head = copy.deepcopy(critic.head)
+            self.critic = critic.as_critic()
         else:
             raise ValueError(
                 f"critic = {critic!r} is unknown; choose 'head' (a head on the policy's trunk), "
                 "'model' (a trunk of its own), or pass a ScalarModel or RewardModel"
             )
-        self.requires_grad_(True)
         disable_dropout(self)
 
     def parameter_groups(

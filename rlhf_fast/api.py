@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.loading import load_examples, load_preferences, load_prompts
 from rlhf_fast.trainers import PPOTrainer, RewardTrainer, SFTTrainer
 
 
@@ -24,17 +23,17 @@ def sft(
     """Fine-tunes `model` on `data` and returns the trainer; `.model` is the result.
 
     Arguments are those of `SFTTrainer`; `config` holds fields of `SFTConfig`.
-    `bad_rows` is "error", or "skip" to leave bad rows of the data out with a warning.
     """
     return SFTTrainer(
         model,
-        load_examples(data, bad_rows=bad_rows),
+        data,
         tokenizer=tokenizer,
         config=SFTConfig(**config),
-        eval_data=None if eval_data is None else load_examples(eval_data, bad_rows=bad_rows),
+        eval_data=eval_data,
         run_dir=run_dir,
         resume=resume,
         pad_token=pad_token,
+        bad_rows=bad_rows,
     ).train()
 
 
@@ -44,6 +43,7 @@ def reward(
     *,
     tokenizer: Any = None,
     eval_data: Any = None,
+    reference_data: Any = None,
     run_dir: Any = None,
     resume: bool = False,
     pad_token: str | None = None,
@@ -53,17 +53,18 @@ def reward(
     """Trains a reward model on preference pairs and returns the trainer; `.model` is the result.
 
     Arguments are those of `RewardTrainer`; `config` holds fields of `RewardConfig`.
-    `bad_rows` is "error", or "skip" to leave bad rows of the data out with a warning.
     """
     return RewardTrainer(
         model,
-        load_preferences(data, bad_rows=bad_rows),
+        data,
         tokenizer=tokenizer,
         config=RewardConfig(**config),
-        eval_data=None if eval_data is None else load_preferences(eval_data, bad_rows=bad_rows),
+        eval_data=eval_data,
+        reference_data=reference_data,
         run_dir=run_dir,
         resume=resume,
         pad_token=pad_token,
+        bad_rows=bad_rows,
     ).train()
 
 
@@ -84,12 +85,11 @@ def ppo(
     """Trains `model` by PPO on `reward` and returns the trainer; `.model` is the result.
 
     Arguments are those of `PPOTrainer`; `config` holds fields of `PPOConfig`.
-    `bad_rows` is "error", or "skip" to leave bad rows of the data out with a warning.
     """
     return PPOTrainer(
         model,
         reward=reward,
-        prompts=load_prompts(prompts, bad_rows=bad_rows),
+        prompts=prompts,
         tokenizer=tokenizer,
         ref=ref,
         critic=critic,
@@ -97,4 +97,5 @@ def ppo(
         run_dir=run_dir,
         resume=resume,
         pad_token=pad_token,
+        bad_rows=bad_rows,
     ).train()

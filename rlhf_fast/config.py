@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -41,6 +41,9 @@ def _explain(owner: type[BaseModel], error: ValidationError) -> str:
 
 
 class _Config(BaseModel):
+    # What a resumed run may change: the rest would make it another run.
+    may_change: ClassVar[frozenset[str]] = frozenset({"save_every", "log_with", "micro_batch_size"})
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and sampling")
@@ -93,6 +96,8 @@ class _Config(BaseModel):
 class SFTConfig(_Config):
     """Supervised fine-tuning: next-token cross-entropy, a mean over the tokens that count."""
 
+    may_change: ClassVar[frozenset[str]] = _Config.may_change | {"epochs"}
+
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     loss_on: Literal["completion", "all"] = Field(
         "completion", description="tokens that count: the completion's (and EOS), or all"
@@ -102,6 +107,8 @@ class SFTConfig(_Config):
 class RewardConfig(_Config):
     """Reward modelling: Bradley-Terry on pairs (Stiennon et al., section 3.4)."""
 
+    may_change: ClassVar[frozenset[str]] = _Config.may_change | {"epochs"}
+
     learning_rate: float = Field(3e-6, gt=0, description="peak learning rate of AdamW (TL;DR)")
     epochs: float = Field(1.0, gt=0, description="passes over the pairs (TL;DR: more overfits)")
     center: float = Field(
@@ -109,12 +116,14 @@ class RewardConfig(_Config):
     )
     use_margin: bool = Field(True, description="subtract the pair's margin where a row has one")
     normalize: bool = Field(
-        True, description="after training: scores of reference completions get mean 0, std 1 (2019)"
+        True, description="after training: reference completions' scores get mean 0, std 1 (2019)"
     )
 
 
 class PPOConfig(_Config):
-    """Proximal policy optimisation with a critic, or any loss of `ops.policy_loss`."""
+    """Proximal policy optimisation with a critic."""
+
+    may_change: ClassVar[frozenset[str]] = _Config.may_change | {"iterations"}
 
     iterations: int = Field(100, ge=1, description="rollout-and-update rounds")
     rollout_batch_size: int = Field(64, ge=1, description="completions an iteration, global")
@@ -140,7 +149,9 @@ class PPOConfig(_Config):
     missing_eos_penalty: float | None = Field(
         None, ge=0, description="subtracted from the score of a completion without EOS (TL;DR: 1)"
     )
-    whiten_rewards: bool = Field(False, description="divide rewards by their std (2019; TL;DR: no)")
+    whiten_rewards: bool = Field(
+        False, description="variance of the rewards to 1, their mean kept (2019; TL;DR: no)"
+    )
     # advantages
     gamma: float = Field(1.0, ge=0, le=1, description="discount (2019)")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE (2019)")
@@ -182,6 +193,11 @@ class PPOConfig(_Config):
 
     @model_validator(mode="after")
     def _check_rollouts(self) -> Self:
+        if self.ignore_eos and self.missing_eos_penalty is not None:
+            raise ValueError(
+                f"missing_eos_penalty = {self.missing_eos_penalty} would fall on every completion, "
+                "because ignore_eos lets none end; leave one of them out"
+            )
         if self.rollout_batch_size % self.samples_per_prompt:
             raise ValueError(
                 f"rollout_batch_size {self.rollout_batch_size} is not a multiple of "

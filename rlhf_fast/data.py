@@ -106,8 +106,13 @@ class Rollout(_Rows):
         """Pads lists of ids; a completion that ends in one of `eos_ids` counts as finished.
 
         Raises:
-            ValueError: The lists differ in length, or a prompt or completion is empty.
+            ValueError: The lists differ in length, a prompt or completion is empty, or its
+                log-probs are not one a token.
         """
+        if logprobs is not None and len(logprobs) != len(completions):
+            raise ValueError(
+                f"{len(completions)} completions but {len(logprobs)} lists of logprobs"
+            )
         if len(prompts) != len(completions):
             raise ValueError(
                 f"{len(prompts)} prompts but {len(completions)} completions; give one completion "
@@ -117,6 +122,12 @@ class Rollout(_Rows):
             if empty := [i for i, row in enumerate(rows) if not len(row)]:
                 raise ValueError(
                     f"{name} {empty[0]} is empty; every {name} needs at least one token"
+                )
+        for i, (row, values) in enumerate(zip(completions, logprobs or (), strict=False)):
+            if len(row) != len(values):
+                raise ValueError(
+                    f"completion {i} has {len(row)} tokens but {len(values)} log-probs; give one "
+                    "a token"
                 )
         left, left_mask = pad(prompts, pad_id, side="left")
         right, right_mask = pad(completions, pad_id, side="right")
@@ -186,8 +197,10 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a prompt, with the tokenizer's own BOS if it adds one."""
-    return list(tokenizer(text)["input_ids"])
+    """Token ids of a prompt, with the tokenizer's own BOS, and without an EOS, if it adds them."""
+    ids = list(tokenizer(text)["input_ids"])
+    ends = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends and not text.endswith(tokenizer.eos_token) else ids
 
 
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
@@ -198,7 +211,7 @@ def encode_completion(tokenizer: Any, text: str) -> list[int]:
 def check_length(ids: Sequence[int], limit: int, what: str, remedy: str) -> None:
     """Raises `ValueError` if `ids` are more than `limit` tokens; nothing is ever cut silently."""
     if len(ids) > limit:
-        raise ValueError(f"{what} has {len(ids)} tokens, but {limit} fit; {remedy}")
+        raise ValueError(f"{what} has {len(ids)} tokens, but {limit} fit: {remedy}")
 
 
 def batch_indices(step: int, size: int, batch_size: int, seed: int) -> Tensor:

@@ -60,7 +60,12 @@ class Preference:
     margin: float | None
 
 
-def load_prompts(source: Source, *, bad_rows: str = "error") -> list[Prompt]:
+def load_prompts(
+    source: Source,
+    *,
+    bad_rows: str = "error",
+    check: Callable[[Prompt], object] | None = None,
+) -> list[Prompt]:
     """Loads prompts from rows with a `prompt`, from HH transcripts, or from plain strings.
 
     Of a pair of transcripts the shared part is the prompt, and the two answers are its columns
@@ -69,28 +74,39 @@ def load_prompts(source: Source, *, bad_rows: str = "error") -> list[Prompt]:
     Args:
         source: A path or an iterable, see the module's docstring.
         bad_rows: "error" refuses the source, "skip" leaves bad rows out with a warning.
+        check: Called with each record; a `ValueError` that it raises makes the row a bad one.
 
     Raises:
         DataError: For a source that cannot be read, is empty, or has a bad row.
     """
-    return _load(source, "prompts", "prompt", _prompt_form, _prompt, bad_rows)
+    return _load(source, "prompts", "prompt", _prompt_form, _prompt, bad_rows, check)
 
 
-def load_examples(source: Source, *, bad_rows: str = "error") -> list[Example]:
+def load_examples(
+    source: Source,
+    *,
+    bad_rows: str = "error",
+    check: Callable[[Example], object] | None = None,
+) -> list[Example]:
     """Loads examples for SFT; of preferences the chosen answers, of plain strings the texts.
 
     Args and errors are those of `load_prompts`.
     """
-    return _load(source, "examples", "text", _example_form, _example, bad_rows)
+    return _load(source, "examples", "text", _example_form, _example, bad_rows, check)
 
 
-def load_preferences(source: Source, *, bad_rows: str = "error") -> list[Preference]:
+def load_preferences(
+    source: Source,
+    *,
+    bad_rows: str = "error",
+    check: Callable[[Preference], object] | None = None,
+) -> list[Preference]:
     """Loads preference pairs; transcripts are cut at the last `ASSISTANT` of each.
 
     The prompt keeps `ASSISTANT`, the answers keep the space that follows it. Args and errors are
     those of `load_prompts`.
     """
-    return _load(source, "preferences", None, _preference_form, _preference, bad_rows)
+    return _load(source, "preferences", None, _preference_form, _preference, bad_rows, check)
 
 
 def _load(
@@ -100,12 +116,13 @@ def _load(
     form_of: Callable[[_Values], tuple[str, ...]],
     convert: Callable[[_Values], _Record],
     bad_rows: str,
+    check: Callable[[_Record], object] | None,
 ) -> list[_Record]:
     if bad_rows not in ("error", "skip"):
         raise DataError(f"bad_rows={bad_rows!r} is unknown; choose 'error' or 'skip'")
     name, rows = rows_of(source)
     records: list[_Record] = []
-    errors: list[tuple[str, DataError]] = []
+    errors: list[tuple[str, ValueError]] = []
     first: tuple[str, tuple[str, ...]] | None = None
     for place, row in rows:
         try:
@@ -117,8 +134,11 @@ def _load(
                     f"has the keys {names(form)}, but {first[0]} has {names(first[1])}; "
                     "give every row of a source the same keys"
                 )
-            records.append(convert(values))
-        except DataError as error:
+            record = convert(values)
+            if check is not None:
+                check(record)
+            records.append(record)
+        except ValueError as error:
             errors.append((place, error))
     if errors:
         summary = f"{errors[0][0]}: {errors[0][1]}"

@@ -27,9 +27,14 @@ IGNORED = -100
 
 def load_causal_lm(model: str | Path | PreTrainedModel) -> PreTrainedModel:
     """A causal language model in fp32, from a name, a folder, or itself."""
-    if isinstance(model, str | Path):
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return model
+    if not isinstance(model, str | Path):
+        return model
+    if (Path(model) / "reward_model.json").exists():
+        raise ValueError(
+            f"{str(model)!r} holds a reward model, which has no language-model head; give the "
+            "folder of a causal language model"
+        )
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
 def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = None) -> Any:
@@ -48,6 +53,11 @@ def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = No
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"pad_token = {pad_token!r} is no token of this tokenizer; name one that is, for "
+                f"example {tokenizer.eos_token!r}"
+            )
         tokenizer.pad_token = pad_token
     check_tokenizer(tokenizer)
     return tokenizer
@@ -77,9 +87,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model's positions reach to, or None where there is no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
+def context_length(model: PreTrainedModel, max_length: int) -> int:
+    """Tokens of a sequence at most: `max_length`, or as far as the model's positions reach."""
+    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, reach or max_length)
+
+
+def require_trainable(module: nn.Module) -> None:
+    """Raises `ValueError` for a module all of whose parameters are frozen."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            "every parameter of the model is frozen (requires_grad=False), so nothing could be "
+            "learnt; unfreeze those to train"
+        )
 
 
 def model_inputs(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rlhf_fast._rows import names, short
 
+OFFERED = ("prompts", "completions", "completion_ids")
 Reward = Callable[..., list[float] | Tensor | dict[str, Any]]
 
 
@@ -90,6 +91,13 @@ def as_reward(spec: Any) -> RewardFunction:
     return RewardFunction(tuple(parts))
 
 
+def check_columns(reward: RewardFunction, columns: Iterable[str]) -> None:
+    """Raises `RewardError` if a part of `reward` asks for what data with `columns` cannot give."""
+    offered: dict[str, list[Any]] = {name: [] for name in (*OFFERED, *columns)}
+    for part in reward.parts:
+        _arguments(part, offered)
+
+
 def evaluate(
     reward: RewardFunction,
     prompts: list[str],
@@ -115,11 +123,9 @@ def evaluate(
         RewardError: If the reward raises (the cause is chained), or returns something else than B
             finite numbers; the message names the function, the place and the value.
     """
-    offered: dict[str, list[Any]] = {
-        "prompts": prompts,
-        "completions": completions,
-        "completion_ids": completion_ids,
-    }
+    offered: dict[str, list[Any]] = dict(
+        zip(OFFERED, (prompts, completions, completion_ids), strict=True)
+    )
     if hidden := sorted(offered.keys() & columns.keys()):
         raise RewardError(f"the data has a column {hidden[0]!r}, a reserved name; rename it")
     offered |= columns

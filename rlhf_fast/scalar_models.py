@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -48,6 +50,12 @@ class ScalarModel(nn.Module):
         self.model: PreTrainedModel = model.base_model
         self.head = ScalarHead(hidden_size(model), std)
 
+    def as_critic(self) -> ScalarModel:
+        """A trainable copy whose values begin as this model's scalars, after each token."""
+        critic = ScalarModel(copy.deepcopy(self.model))
+        critic.head = copy.deepcopy(self.head)
+        return critic.requires_grad_(True)
+
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """fp32 `[B, L]`: the scalar after each token."""
         return self.head(hidden_states(self.model, tokens, mask))
@@ -73,6 +81,14 @@ class RewardModel(ScalarModel):
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("shift", torch.zeros(()))
 
+    def as_critic(self) -> ScalarModel:
+        """As `ScalarModel.as_critic`, in units of the normalised score."""
+        critic = super().as_critic()
+        with torch.no_grad():
+            critic.head.weight.mul_(self.gain)
+            critic.head.bias.mul_(self.gain).add_(self.shift)
+        return critic
+
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """fp32 `[B]`, the normalised score of right- or left-padded `tokens` `[B, L]`."""
         positions = torch.arange(mask.shape[1], device=mask.device)
@@ -89,24 +105,26 @@ class RewardModel(ScalarModel):
         Raises:
             ValueError: A text is longer than the model's positions reach.
         """
-        limit = context_length(self.model)
+        if not prompts:
+            return torch.zeros(0)
+        limit = context_length(self.model, sys.maxsize)
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = encode_prompt(self.tokenizer, prompt)
             rows.append(ids + encode_completion(self.tokenizer, completion))
-            if limit is not None and len(rows[-1]) > limit:
+            if len(rows[-1]) > limit:
                 raise ValueError(
                     f"prompt and completion have {len(rows[-1])} tokens, but the reward model "
                     f"reads {limit}: {prompt[:40]!r}; shorten the prompt or max_new_tokens"
                 )
-        scores = []
+        device, scores = self.gain.device, torch.empty(len(rows))
+        order = torch.tensor([len(row) for row in rows]).argsort(stable=True)  # for less padding
         with evaluating(self):
-            for start in range(0, len(rows), batch_size):
-                piece = rows[start : start + batch_size]
+            for index in order.split(batch_size):
+                piece = [rows[i] for i in index]
                 tokens, mask = pad(piece, self.tokenizer.pad_token_id, side="right")
-                device = self.gain.device
-                scores.append(self(tokens.to(device), mask.to(device)).cpu())
-        return torch.cat(scores) if scores else torch.zeros(0)
+                scores[index] = self(tokens.to(device), mask.to(device)).cpu()
+        return scores
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the trunk, the head and the tokenizer; `from_pretrained` reads them."""

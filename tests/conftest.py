@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 # Reasons for which a test may be skipped; any other skip fails the run.
 KNOWN_SKIPS = (
     r"needs an NVIDIA GPU",
-    r"the shared data folder is not here",
+    r"shared data folder",
 )
 # Accepted where a user runs the tests, not in CI, which has a compiler and Triton.
 KNOWN_SKIPS_OUTSIDE_CI = (

@@ -47,8 +47,8 @@ class Api(types.ModuleType):
             note("sft", dict(locals()))
 
         def reward(
-            model, data, *, tokenizer=None, eval_data=None, run_dir=None, resume=False,
-            pad_token=None, bad_rows="error", **config,
+            model, data, *, tokenizer=None, eval_data=None, reference_data=None, run_dir=None,
+            resume=False, pad_token=None, bad_rows="error", **config,
         ):  # fmt: skip
             note("reward", dict(locals()))
 

@@ -40,7 +40,7 @@ def test_human_preferences_go_through_all_three_stages(tmp_path):
     assert (len(train), len(test)) == (1494, 299)
     texts = [pair.prompt + answer for pair in train for answer in (pair.chosen, pair.rejected)]
     tokenizer = train_tokenizer(texts, vocab_size=2000)
-    tiny_llama(tokenizer, hidden_size=96, context=2048).save_pretrained(tmp_path / "start")
+    tiny_llama(tokenizer, hidden_size=64, context=2048).save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
     shared = ("bad_rows=skip", "max_length=2048", "micro_batch_size=8")
 
@@ -67,9 +67,9 @@ def test_human_preferences_go_through_all_three_stages(tmp_path):
     interval = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))
     assert judged["eval_accuracy_interval"] == pytest.approx(interval, abs=0.01)
     longer = sum(len(pair.chosen) > len(pair.rejected) for pair in train) > len(train) / 2
-    length_only = sum(
-        (len(pair.chosen) > len(pair.rejected)) == longer for pair in test
-    ) / len(test)
+    length_only = sum((len(pair.chosen) > len(pair.rejected)) == longer for pair in test) / len(
+        test
+    )
     train_gap = json.loads((tmp_path / "reward" / "metrics.jsonl").read_text().splitlines()[-2])
 
     run(

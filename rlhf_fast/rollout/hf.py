@@ -87,6 +87,7 @@ class HFEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         check_tokenizer(tokenizer)
         self.model, self.tokenizer, self.weight_version = model, tokenizer, 0
+        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
 
     def update_weights(self, version: int) -> None:
         """Nothing to copy: the engine samples from the model being trained."""
@@ -107,7 +108,7 @@ class HFEngine:
         tokens, mask = (
             x.to(device) for x in pad(prompts, self.tokenizer.pad_token_id, side="left")
         )
-        sampler = _Sampler(sampling, len(self.tokenizer))
+        sampler = _Sampler(sampling, self._vocabulary)
         generation = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=True,

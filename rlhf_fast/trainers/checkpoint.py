@@ -30,10 +30,11 @@ def save(run: Run, state: dict[str, Any], export: Callable[[Path], None]) -> Pat
     """
     if run.folder is None:
         return None
-    final = run.folder / "checkpoints" / f"step-{run.step}"
+    final = run.open_folder() / "checkpoints" / f"step-{run.step}"
     # Renamed when complete: a run that dies while writing leaves no half checkpoint to resume.
     partial = final.with_name(final.name + ".partial")
     run.accelerator.save_state(str(partial))
+    run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         export(partial / "model")
         (partial / "trainer.json").write_text(json.dumps({"step": run.step, **state}) + "\n")

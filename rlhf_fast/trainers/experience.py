@@ -79,7 +79,8 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, Tensor]:
     kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
     soft_returns = experience.scores - kl_coef * kl
     mask, returns = rollout.completion_mask, experience.returns
-    explained = 1 - masked_var(returns - experience.values, mask) / masked_var(returns, mask)
+    spread, unexplained = masked_var(returns, mask), masked_var(returns - experience.values, mask)
+    explained = torch.where(spread > 0, 1 - unexplained / spread, 0.0)
     return {
         "score": experience.scores.mean(),
         "kl": kl.mean(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,21 @@ from transformers import PreTrainedModel
 from rlhf_fast import rewards
 from rlhf_fast.actor_critic import ActorCritic
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data import Experience, Rollout, batch_indices, check_length, encode_prompt
-from rlhf_fast.loading import DataError, load_prompts
-from rlhf_fast.models import Policy, context_length, load_causal_lm, load_tokenizer
-from rlhf_fast.ops import policy_loss, value_loss
+from rlhf_fast.data import Rollout, batch_indices, check_length, encode_prompt
+from rlhf_fast.loading import DataError, Prompt, load_prompts
+from rlhf_fast.models import (
+    Policy,
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    require_trainable,
+)
 from rlhf_fast.rollout import HFEngine, RolloutEngine, Sampling
 from rlhf_fast.scalar_models import ScalarModel
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.experience import describe, make_experience
-from rlhf_fast.trainers.run import Metrics, Run
+from rlhf_fast.trainers.run import Run
+from rlhf_fast.trainers.update import update
 
 
 class PPOTrainer:
@@ -40,13 +45,15 @@ class PPOTrainer:
             None if only `generate` and `step` are used.
         prompts: What `loading.load_prompts` takes. None if only `step` is used.
         tokenizer: By default the one saved with the policy.
-        ref: Reference policy, its name or folder; by default a frozen copy of `policy`.
+        ref: Reference policy, its name or folder, which is frozen; by default a frozen copy of
+            `policy`.
         critic: `"head"`, `"model"`, or a `ScalarModel`; see `ActorCritic`.
         config: See `PPOConfig`.
         engine: Samples completions; by default `HFEngine` on the policy itself.
         run_dir: Where metrics, samples, checkpoints and the policy go; None writes nothing.
         resume: Go on from the newest checkpoint in `run_dir`.
         pad_token: Padding token for a tokenizer without one.
+        bad_rows: "error", or "skip" to leave bad and overlong prompts out with a warning.
 
     Raises:
         DataError, ConfigError, ValueError: Bad prompts, configuration or tokenizer, before
@@ -67,14 +74,24 @@ class PPOTrainer:
         run_dir: str | Path | None = None,
         resume: bool = False,
         pad_token: str | None = None,
+        bad_rows: str = "error",
     ) -> None:
         self.config = config = config or PPOConfig()
         self.run = Run(config, run_dir, resume=resume)
         self.tokenizer = load_tokenizer(tokenizer, policy, pad_token)
         self.model = load_causal_lm(policy)
+        require_trainable(self.model)
+        self.prompts: list[Prompt] = []
+        self._prompt_ids: list[list[int]] = []
+        if prompts is not None:
+            self.prompts = load_prompts(
+                prompts,
+                bad_rows=bad_rows,
+                check=lambda prompt: self._prompt_ids.append(self._encode(prompt.text)),
+            )
         self._reward = None if reward is None else rewards.as_reward(reward).to(self.run.device)
-        self.prompts = [] if prompts is None else load_prompts(prompts)
-        self._prompt_ids = [self._encode(prompt.text) for prompt in self.prompts]
+        if self._reward is not None and self.prompts:
+            rewards.check_columns(self._reward, self.prompts[0].columns)
         if config.top_k or config.top_p < 1:
             warnings.warn(
                 f"top_k={config.top_k}, top_p={config.top_p}: completions are drawn from a "
@@ -83,8 +100,8 @@ class PPOTrainer:
                 stacklevel=2,
             )
         wrapped = Policy(self.model)
-        reference = wrapped if ref is None else Policy(load_causal_lm(ref))
-        self.ref = reference.frozen_copy().to(self.run.device)
+        reference = wrapped.frozen_copy() if ref is None else Policy(load_causal_lm(ref))
+        self.ref = reference.requires_grad_(False).eval().to(self.run.device)
         actor_critic = ActorCritic(wrapped, critic)
         updates = config.iterations * config.epochs * self._minibatches
         optimizer, self._schedule = self.run.optimizer(
@@ -102,18 +119,23 @@ class PPOTrainer:
     def _minibatches(self) -> int:
         return self.config.rollout_batch_size // self.config.batch_size
 
-    def _encode(self, text: str) -> list[int]:
-        config = self.config
-        context = min(config.max_length, context_length(self.model) or config.max_length)
-        ids = encode_prompt(self.tokenizer, text)
-        limit = context - config.max_new_tokens
-        check_length(
-            ids,
-            limit,
-            f"prompt {text[:40]!r}",
-            f"the context of {context} tokens less max_new_tokens = {config.max_new_tokens}; "
-            "shorten the prompt, lower max_new_tokens, or raise max_length if the model reads more",
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = encode_prompt(self.tokenizer, prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        what = f"prompt {prompt[:40]!r}"
+        if not ids:
+            raise ValueError(f"{what} has no tokens; give at least one")
+        context, new = (
+            context_length(self.model, self.config.max_length),
+            self.config.max_new_tokens,
         )
+        remedy = (
+            f"the context is {context} tokens, max_new_tokens = {new} of them for the completion; "
+            "shorten the prompt, lower max_new_tokens, or raise max_length if the model reads more"
+        )
+        check_length(ids, context - new, what, remedy)
         return ids
 
     def train(self) -> PPOTrainer:
@@ -139,7 +161,7 @@ class PPOTrainer:
             if config.save_every and run.step % config.save_every == 0:
                 checkpoint.save(run, {"kl_coef": self.kl_coef}, self.save)
         if run.folder is not None and run.accelerator.is_main_process:
-            self.save(run.folder / "model")
+            self.save(run.open_folder() / "model")
         run.finish()
         return self
 
@@ -167,7 +189,9 @@ class PPOTrainer:
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> Rollout:
         """Samples one completion for each prompt (text or token ids), in order."""
         config = self.config
-        ids = [self._encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is one string, {prompts[:40]!r}; give a list of prompts")
+        ids = [self._encode(prompt) for prompt in prompts]
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -177,7 +201,8 @@ class PPOTrainer:
             # A function of the step, so that a resumed run draws what the first would have.
             seed=((config.seed * 1_000_003 + self.run.step) * 4_099 + self.run.rank) % 2**63,
         )
-        return self.engine.generate(ids, sampling)
+        with self.run.accelerator.autocast():  # as in training: one policy, one precision
+            return self.engine.generate(ids, sampling)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         """The reward function's scores `[B]` of completions of the prompts numbered `rows`."""
@@ -197,8 +222,8 @@ class PPOTrainer:
         """Learns from completions and their scores `[B]`; returns the metrics.
 
         Raises:
-            ValueError: `scores` is not one finite number a completion, or the learning-rate
-                schedule is at its end.
+            ValueError: There are not `rollout_batch_size` completions, `scores` is not one finite
+                number for each, or the learning-rate schedule is at its end.
         """
         config, run = self.config, self.run
         if run.step >= config.iterations and config.lr_schedule != "constant":
@@ -207,6 +232,11 @@ class PPOTrainer:
                 f"{config.lr_schedule} schedule ends: nothing would be learnt; raise iterations, "
                 "or set lr_schedule='constant'"
             )
+        if len(rollout) * run.world != config.rollout_batch_size:
+            raise ValueError(
+                f"the rollout has {len(rollout) * run.world} completions, but rollout_batch_size "
+                f"= {config.rollout_batch_size}; schedule and batches rest on it: make them equal"
+            )
         scores = torch.as_tensor(scores, dtype=torch.float32).to(run.device)
         if scores.shape != (len(rollout),) or not scores.isfinite().all():
             raise ValueError(
@@ -214,78 +244,27 @@ class PPOTrainer:
                 f"non-finite values; give one finite number for each of {len(rollout)} completions"
             )
         micro_batch = config.micro_batch // run.world
-        experience = make_experience(
-            self._module,
-            self.ref,
-            rollout.to(run.device),
-            scores,
-            config,
-            self.kl_coef,
-            micro_batch,
-        )
+        with run.accelerator.autocast():  # the reference, too, in the policy's precision
+            experience = make_experience(
+                self._module,
+                self.ref,
+                rollout.to(run.device),
+                scores,
+                config,
+                self.kl_coef,
+                micro_batch,
+            )
         described = describe(experience, self.kl_coef)
-        metrics = self._update(experience)
+        rate = self._schedule.get_last_lr()[0]
+        metrics = update(
+            run, self._module, self._optimizer, self._schedule, self.ref, experience, config
+        )
         metrics |= run.reduce({name: value / run.world for name, value in described.items()})
-        metrics |= {"kl_coef": self.kl_coef, "learning_rate": self._schedule.get_last_lr()[0]}
+        metrics |= {"kl_coef": self.kl_coef, "learning_rate": rate}
         self._adapt_kl(metrics["kl"], len(rollout) * run.world)
         run.step += 1
         self.engine.update_weights(run.step)
         return metrics
-
-    def _update(self, experience: Experience) -> dict[str, float]:
-        """`epochs` passes over `experience`; returns the metrics of the last."""
-        config, run = self.config, self.run
-        size = len(experience.rollout)
-        batch = config.batch_size // run.world
-        metrics: list[Metrics] = []
-        self._module.train()
-        for epoch in range(config.epochs):
-            seed = (config.seed * 1_000_003 + run.step) * 101 + epoch
-            order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-            metrics = []
-            for index in order.to(run.device).split(batch):
-                minibatch = experience.select(index)
-                tokens = run.total(minibatch.rollout.completion_mask.sum())
-                pieces = torch.arange(len(index), device=run.device).split(
-                    config.micro_batch // run.world
-                )
-                metrics.append(
-                    run.optimize(
-                        self._module,
-                        self._optimizer,
-                        self._schedule,
-                        [minibatch.select(piece) for piece in pieces],
-                        partial(self._loss, tokens=tokens),
-                    )
-                )
-        sums = [run.reduce(part) for part in metrics]
-        return {name: sum(part[name] for part in sums) / len(sums) for name in sums[0]}
-
-    def _loss(self, piece: Experience, tokens: Tensor) -> tuple[Tensor, Metrics]:
-        config, mask = self.config, piece.rollout.completion_mask
-        in_loss, exact = config.kl_loss_coef > 0, config.kl_loss_kind == "full"
-        ref = self.ref if in_loss and exact else None
-        new = self._module(piece.rollout, config.temperature, ref)
-        loss, metrics = policy_loss(
-            new.logprobs,
-            piece.old_logprobs,
-            piece.advantages,
-            mask,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            normalizer=tokens,
-            entropy=new.entropy,
-            entropy_coef=config.entropy_coef,
-            ref_logprobs=piece.ref_logprobs if in_loss and not exact else None,
-            kl=new.kl,
-            kl_coef=config.kl_loss_coef,
-            kl_kind="k2" if exact else config.kl_loss_kind,
-        )
-        critic_loss, critic_metrics = value_loss(
-            new.values, piece.values, piece.returns, mask, clip=config.value_clip, normalizer=tokens
-        )
-        metrics |= {"value_loss": critic_loss.detach(), **critic_metrics}
-        return loss + config.value_coef * critic_loss, metrics
 
     def _adapt_kl(self, kl: float, sequences: int) -> None:
         """Moves `kl_coef` toward the KL target: Ziegler et al. (2019), section 2.2."""

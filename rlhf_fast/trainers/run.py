@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import get_scheduler
 from rlhf_fast.config import ConfigError, _Config
 from rlhf_fast.data import batch_indices
 
+CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 Metrics = dict[str, Tensor]
 
 
@@ -33,17 +35,25 @@ class Run:
         resume: Go on from the newest checkpoint in `folder`.
 
     Raises:
-        ConfigError: The batch does not divide among the processes, or `folder` holds another run.
+        ConfigError: The batch does not divide among the processes, `folder` holds another run, or
+            the tracker of `log_with` is not installed.
     """
 
     def __init__(self, config: _Config, folder: str | Path | None, *, resume: bool = False) -> None:
         self.config = config
         self.folder = None if folder is None else Path(folder)
-        # accelerate keeps one precision a process; here each stage may have its own.
-        AcceleratorState._reset_state()
-        tracked = config.log_with if self.folder is not None else None
+        if self.folder is not None:
+            self._check_folder(self.folder, resume)
+        if config.log_with is not None:
+            self._check_tracker(config.log_with)
+        live = AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision)
+        if live != config.mixed_precision:
+            # accelerate keeps one precision a process; here each stage may have its own.
+            AcceleratorState._reset_state()
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=tracked, project_dir=self.folder
+            mixed_precision=config.mixed_precision,
+            log_with=config.log_with,
+            project_dir=self.folder,
         )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if config.micro_batch % self.world:
@@ -54,22 +64,47 @@ class Run:
         set_seed(config.seed)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        if self.folder is not None:
-            self._open(self.folder, resume)
-        if tracked:
+        if config.log_with is not None:
             self.accelerator.init_trackers("rlhf_fast", config.model_dump())
 
-    def _open(self, folder: Path, resume: bool) -> None:
-        self._metrics = folder / "metrics.jsonl"
-        if self._metrics.exists() and not resume:
+    def _check_folder(self, folder: Path, resume: bool) -> None:
+        metrics = folder / METRICS
+        begun = metrics.exists() and metrics.stat().st_size > 0
+        if not resume:
+            if begun:
+                raise ConfigError(
+                    f"run_dir {str(folder)!r} already holds a run; go on with resume=True, or "
+                    "name another folder"
+                )
+            return
+        stored = folder / CONFIG
+        if not stored.exists():
+            return  # `checkpoint.restore` says what is missing
+        before, now = yaml.safe_load(stored.read_text()), self.config.model_dump()
+        changed = [
+            f"{name}: {before.get(name)!r} -> {now[name]!r}"
+            for name in now
+            if before.get(name) != now[name] and name not in self.config.may_change
+        ]
+        if changed:
             raise ConfigError(
-                f"run_dir {str(folder)!r} already holds a run; go on with resume=True, or name "
-                "another folder"
+                f"the run in {str(folder)!r} was begun with another configuration "
+                f"({'; '.join(changed)}); resume it with its own, in {stored}"
             )
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(self.config.model_dump()))
-            self._metrics.touch()
+
+    def _check_tracker(self, name: str) -> None:
+        if self.folder is None:
+            raise ConfigError(f"log_with = {name!r} needs a run_dir; name one")
+        if find_spec(name) is None:
+            raise ConfigError(f"log_with = {name!r}: `pip install {name}` brings it")
+
+    def open_folder(self) -> Path:
+        """The run's folder, made and described on first use: a failed start leaves nothing."""
+        assert self.folder is not None
+        if not (self.folder / CONFIG).exists() or not self.history:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / CONFIG).write_text(yaml.safe_dump(self.config.model_dump()))
+        return self.folder
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +170,8 @@ class Run:
             metrics["grad_norm"] = torch.as_tensor(norm) / self.world
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # fp16 skips where it overflowed
+            schedule.step()
         return metrics
 
     def reduce(self, metrics: Metrics) -> dict[str, float]:
@@ -151,35 +187,35 @@ class Run:
     def log(self, metrics: dict[str, float]) -> None:
         """Appends `metrics` of the current step to the history, metrics.jsonl and the tracker."""
         row = {"step": float(self.step), **metrics}
-        self.history.append(row)
-        if not self.accelerator.is_main_process or self.folder is None:
-            return
-        with self._metrics.open("a") as file:
+        if self.accelerator.is_main_process and self.folder is not None:
             # JSON has no NaN: a reader that is not Python would stop at it.
             safe = {k: v if math.isfinite(v) else None for k, v in row.items()}
-            file.write(json.dumps(safe) + "\n")
-        self.accelerator.log(metrics, step=self.step)
+            self._append(METRICS, [safe])
+            self.accelerator.log(metrics, step=self.step)
+        self.history.append(row)
 
     def keep_samples(self, samples: Iterable[dict[str, Any]]) -> None:
         """Appends what the policy said at the current step to samples.jsonl."""
-        if self.folder is not None and self.accelerator.is_main_process:
-            with (self.folder / "samples.jsonl").open("a") as file:
-                for sample in samples:
-                    row = {"step": self.step, **sample}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.accelerator.is_main_process and self.folder is not None:
+            self._append(SAMPLES, [{"step": self.step, **sample} for sample in samples])
+
+    def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        with (self.open_folder() / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def cut_history(self, step: int) -> None:
         """Forgets what was logged after `step`; the files in the folder lose those rows too."""
-        if self.folder is None:
-            return
-        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()]
-        self.history = [row for row in rows if row["step"] <= step]
-        if self.accelerator.is_main_process:
-            for path in (self._metrics, self.folder / "samples.jsonl"):
-                if path.exists():
-                    lines = path.read_text().splitlines()
-                    kept = [line for line in lines if json.loads(line)["step"] <= step]
-                    path.write_text("".join(line + "\n" for line in kept))
+        assert self.folder is not None
+        for name in (METRICS, SAMPLES):
+            path = self.folder / name
+            rows = _read_rows(path) if path.exists() else []
+            kept = [row for row in rows if row["step"] <= step]
+            if name == METRICS:
+                self.history = kept
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process and path.exists():
+                path.unlink()
+                self._append(name, kept)
 
     def steps(self, total: int, title: str, show: str) -> Iterator[int]:
         """Yields step numbers up to `total` from where the run stands, with a progress bar.
@@ -211,6 +247,12 @@ class Run:
             tracker.finish()
 
 
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line that was cut off by the end of a run is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
 def count_steps(size: int, batch_size: int, epochs: float) -> int:
     """Optimiser steps of `epochs` passes over `size` rows, the last batch filled up.
 
@@ -225,8 +267,13 @@ def count_steps(size: int, batch_size: int, epochs: float) -> int:
     return math.ceil(size * epochs / batch_size)
 
 
-def pieces_of(run: Run, step: int, size: int) -> list[Tensor]:
-    """Row numbers of the micro-batches of `step`, this process's share of each."""
+def pieces_of(run: Run, step: int, lengths: Tensor) -> list[Tensor]:
+    """Row numbers of the micro-batches of `step`, this process's share of each.
+
+    Within a batch the order is free, so rows of like length (`lengths` [rows], in tokens) are put
+    into one micro-batch: less padding, the same sum.
+    """
     config = run.config
-    index = batch_indices(step, size, config.batch_size, config.seed)
+    index = batch_indices(step, len(lengths), config.batch_size, config.seed)
+    index = index[lengths[index].argsort(stable=True)]
     return [run.local(piece) for piece in index.split(config.micro_batch)]

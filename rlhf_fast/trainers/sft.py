@@ -13,17 +13,26 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import TokenBatch, check_length, encode_completion, encode_prompt, pad
-from rlhf_fast.loading import load_examples
-from rlhf_fast.models import Policy, context_length, evaluating, load_causal_lm, load_tokenizer
+from rlhf_fast.loading import Example, load_examples
+from rlhf_fast.models import (
+    Policy,
+    context_length,
+    evaluating,
+    load_causal_lm,
+    load_tokenizer,
+    require_trainable,
+)
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.run import Metrics, Run, count_steps, pieces_of
+
+Row = tuple[list[int], int]  # token ids, and where the targets begin
 
 
 class SFTTrainer:
     """Trains a causal language model to continue prompts as the examples do.
 
     Args:
-        model: A model, or the name or folder of one.
+        model: A model, or the name or folder of one. It is trained in place.
         data: What `loading.load_examples` takes: `{prompt, completion}` rows, `{text}` rows, or
             preference rows (the chosen answers).
         tokenizer: By default the one saved with the model.
@@ -32,6 +41,7 @@ class SFTTrainer:
         run_dir: Where metrics, checkpoints and the trained model go; None writes nothing.
         resume: Go on from the newest checkpoint in `run_dir`.
         pad_token: Padding token for a tokenizer without one.
+        bad_rows: "error", or "skip" to leave bad and overlong rows out with a warning.
 
     Raises:
         DataError, ConfigError, ValueError: Bad data, configuration or tokenizer, before training.
@@ -48,14 +58,15 @@ class SFTTrainer:
         run_dir: str | Path | None = None,
         resume: bool = False,
         pad_token: str | None = None,
+        bad_rows: str = "error",
     ) -> None:
         self.config = config or SFTConfig()
         self.run = Run(self.config, run_dir, resume=resume)
         self.tokenizer = load_tokenizer(tokenizer, model, pad_token)
         self.model = load_causal_lm(model)
-        limit = min(self.config.max_length, context_length(self.model) or self.config.max_length)
-        self._rows = self._encode(data, limit)
-        self._eval_rows = None if eval_data is None else self._encode(eval_data, limit)
+        require_trainable(self.model)
+        self._rows = self._encode(data, bad_rows)
+        self._eval_rows = [] if eval_data is None else self._encode(eval_data, bad_rows)
         self.total_steps = count_steps(len(self._rows), self.config.batch_size, self.config.epochs)
         policy = Policy(self.model)
         optimizer, self._schedule = self.run.optimizer(
@@ -66,23 +77,22 @@ class SFTTrainer:
         if resume:
             checkpoint.restore(self.run)
 
-    def _encode(self, data: Any, limit: int) -> list[tuple[list[int], int]]:
-        """Each example's token ids, and where its targets begin."""
-        rows = []
-        for i, example in enumerate(load_examples(data), start=1):
-            prompt = encode_prompt(self.tokenizer, example.prompt) if example.prompt else []
+    def _encode(self, data: Any, bad_rows: str) -> list[Row]:
+        limit = context_length(self.model, self.config.max_length)
+        rows: list[Row] = []
+
+        def take(example: Example) -> None:
+            prompt = encode_prompt(self.tokenizer, example.prompt)
             ids = prompt + encode_completion(self.tokenizer, example.completion)
-            check_length(
-                ids,
-                limit,
-                f"row {i} of the data",
-                "shorten the row, or raise max_length if the model reads more",
-            )
+            remedy = "shorten the row, or raise max_length if the model reads more"
+            check_length(ids, limit, "prompt and completion", remedy)
             begins = len(prompt) if self.config.loss_on == "completion" else 0
             rows.append((ids, max(begins, 1)))
+
+        load_examples(data, bad_rows=bad_rows, check=take)
         return rows
 
-    def _batch(self, rows: Sequence[tuple[list[int], int]]) -> TokenBatch:
+    def _batch(self, rows: Sequence[Row]) -> TokenBatch:
         tokens, mask = pad([ids for ids, _ in rows], self.tokenizer.pad_token_id, side="right")
         begins = torch.tensor([begin for _, begin in rows])
         targets = mask & (torch.arange(mask.shape[1]) >= begins[:, None])
@@ -91,13 +101,15 @@ class SFTTrainer:
     def train(self) -> SFTTrainer:
         """Trains to the end of the configured epochs; returns itself."""
         run = self.run
+        lengths = torch.tensor([len(ids) for ids, _ in self._rows])
         self._module.train()
         for step in run.steps(self.total_steps, "SFT", "loss"):
             pieces = [
                 self._batch([self._rows[i] for i in piece])
-                for piece in pieces_of(run, step, len(self._rows))
+                for piece in pieces_of(run, step, lengths)
             ]
             tokens = run.total(torch.stack([piece.targets.sum() for piece in pieces]).sum())
+            rate = self._schedule.get_last_lr()[0]
             metrics = run.optimize(
                 self._module,
                 self._optimizer,
@@ -106,13 +118,13 @@ class SFTTrainer:
                 partial(self._loss, tokens=tokens),
             )
             run.step = step + 1
-            run.log({**run.reduce(metrics), "learning_rate": self._schedule.get_last_lr()[0]})
+            run.log({**run.reduce(metrics), "learning_rate": rate})
             if self.config.save_every and run.step % self.config.save_every == 0:
                 checkpoint.save(run, {}, self.save)
-        if self._eval_rows is not None:
-            run.log({"eval_loss": self.evaluate(self._eval_rows)})
+        if self._eval_rows:
+            run.log({"eval_loss": self._evaluate(self._eval_rows)})
         if run.folder is not None and run.accelerator.is_main_process:
-            self.save(run.folder / "model")
+            self.save(run.open_folder() / "model")
         run.finish()
         return self
 
@@ -121,16 +133,22 @@ class SFTTrainer:
         loss = -output.logprobs.sum() / tokens
         return loss, {"loss": loss.detach(), "entropy": output.entropy.detach().sum() / tokens}
 
+    def evaluate(self, data: Any, *, bad_rows: str = "error") -> float:
+        """Mean negative log-likelihood of the tokens that count in `data`, in nats."""
+        return self._evaluate(self._encode(data, bad_rows))
+
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[tuple[list[int], int]]) -> float:
-        """Mean negative log-likelihood of the target tokens of encoded `rows`, in nats."""
-        total = torch.zeros(2, device=self.run.device, dtype=torch.float64)
+    def _evaluate(self, rows: list[Row]) -> float:
+        rows = sorted(rows, key=lambda row: len(row[0]))  # for less padding
+        size = max(self.config.micro_batch // self.run.world, 1)
+        loss, tokens = 0.0, 0
         with evaluating(self._module):
-            for start in range(0, len(rows), self.config.micro_batch):
-                batch = self._batch(rows[start : start + self.config.micro_batch])
+            for start in range(0, len(rows), size):
+                batch = self._batch(rows[start : start + size])
                 output = self._module(batch.tokens, batch.mask, batch.targets)
-                total += torch.stack([-output.logprobs.sum(), batch.targets.sum()])
-        return float(total[0] / total[1])
+                loss -= float(output.logprobs.sum())
+                tokens += int(batch.targets.sum())
+        return loss / tokens
 
     def save(self, folder: Path) -> None:
         """Writes the model and its tokenizer; `AutoModelForCausalLM.from_pretrained` reads them."""

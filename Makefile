@@ -1,0 +1,69 @@
+# `make demo` and `make test` need nothing but Python 3.11 to 3.13: each makes .venv, installs
+# and builds into it, and runs. `make help` lists the rest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUILT_FROM := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+
+# The first Python of the right version that really runs; `make PYTHON=... demo` overrides.
+FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		2>/dev/null && { echo "$$python"; exit 0; }; done; \
+	echo "no Python 3.11, 3.12 or 3.13 runs here; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
+
+.PHONY: help demo test test-slow test-gpu bench bench-gpu lint ci install-check clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# torch goes first and alone: pip then takes the build that fits the machine, and what depends
+# on torch finds it there.
+$(READY): $(BUILT_FROM)
+	@python=$$($(FIND_PYTHON)); \
+	if ! $(BIN)/python -c 'import pip' 2>/dev/null; then "$$python" -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/rlhf-fast doctor
+	@touch $@
+
+demo: $(READY)  ## SFT, a reward model and PPO on embedded data, in minutes on a CPU
+	$(BIN)/rlhf-fast demo
+
+test: $(READY)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the slow tests: longer learning runs, real data
+	$(BIN)/python -m pytest -m slow
+
+test-gpu:  ## the GPU tests, with the current Python and without the network
+	python3 -m pytest -m gpu
+
+# Passive: on a busy machine threads that spin at barriers measure the scheduler's tick instead.
+bench: $(READY)  ## the CPU benchmarks; OpenRLHF's wheel is fetched as a rival
+	mkdir -p .benchmarks/rivals
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--dest .benchmarks/rivals openrlhf==0.11.2 \
+		|| echo "OpenRLHF 0.11.2 was not fetched: its comparison is skipped" >&2
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-columns=median,iqr,rounds -s
+
+bench-gpu:  ## the GPU benchmarks, with the current Python and without the network
+	python3 -m pytest benchmarks -m gpu --benchmark-columns=median,iqr,rounds -s
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install-check: $(READY)  ## every kind of install, into throw-away environments
+	scripts/check_install.sh $(BIN)/python
+
+ci: lint install-check  ## everything that must hold before a merge
+	RLHF_FAST_STRICT_SKIPS=1 $(MAKE) --no-print-directory test
+
+clean:  ## what was built, .venv included
+	rm -rf $(VENV) build dist *.egg-info rlhf_fast/*.so

@@ -1,0 +1,90 @@
+"""From an experience to a better policy and critic: the epochs of one PPO iteration."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data import Experience
+from rlhf_fast.models import Policy
+from rlhf_fast.ops import policy_loss, value_loss
+from rlhf_fast.trainers.run import Metrics, Run
+
+
+def update(
+    run: Run,
+    actor_critic: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    ref: Policy,
+    experience: Experience,
+    config: PPOConfig,
+) -> dict[str, float]:
+    """`config.epochs` passes over `experience`, reshuffled each, in minibatches of `batch_size`.
+
+    Returns:
+        The last pass's metrics, means over its minibatches.
+    """
+    actor_critic.train()  # dropout is off all the same; checkpointing of activations needs it
+    size, batch = len(experience.rollout), config.batch_size // run.world
+    metrics: list[Metrics] = []
+    for epoch in range(config.epochs):
+        seed = (config.seed * 1_000_003 + run.step) * 101 + epoch
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        metrics = []
+        for index in order.to(run.device).split(batch):
+            minibatch = experience.select(index)
+            tokens = run.total(minibatch.rollout.completion_mask.sum())
+            rows = torch.arange(len(index), device=run.device)
+            pieces = [minibatch.select(i) for i in rows.split(config.micro_batch // run.world)]
+            loss = partial(ppo_loss, actor_critic, ref, config=config, tokens=tokens)
+            metrics.append(run.optimize(actor_critic, optimizer, schedule, pieces, loss))
+    sums = [run.reduce(part) for part in metrics]
+    return {name: sum(part[name] for part in sums) / len(sums) for name in sums[0]}
+
+
+def ppo_loss(
+    actor_critic: nn.Module,
+    ref: Policy,
+    piece: Experience,
+    *,
+    config: PPOConfig,
+    tokens: Tensor,
+) -> tuple[Tensor, Metrics]:
+    """Policy and value loss of a micro-batch.
+
+    Args:
+        actor_critic: An `ActorCritic`, wrapped or not.
+        ref: The reference, for the exact KL.
+        piece: The micro-batch.
+        config: Clipping, coefficients.
+        tokens: 0-d, number of sampled tokens of the whole minibatch, over all processes: with it
+            as divisor the losses of micro-batches add up.
+    """
+    mask, exact = piece.rollout.completion_mask, config.kl_loss_kind == "full"
+    in_loss = config.kl_loss_coef > 0
+    new = actor_critic(piece.rollout, config.temperature, ref if in_loss and exact else None)
+    loss, metrics = policy_loss(
+        new.logprobs,
+        piece.old_logprobs,
+        piece.advantages,
+        mask,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        normalizer=tokens,
+        entropy=new.entropy,
+        entropy_coef=config.entropy_coef,
+        ref_logprobs=piece.ref_logprobs if in_loss and not exact else None,
+        kl=new.kl,
+        kl_coef=config.kl_loss_coef,
+        kl_kind="k2" if exact else config.kl_loss_kind,
+    )
+    critic_loss, critic_metrics = value_loss(
+        new.values, piece.values, piece.returns, mask, clip=config.value_clip, normalizer=tokens
+    )
+    metrics |= {"value_loss": critic_loss.detach(), **critic_metrics}
+    return loss + config.value_coef * critic_loss, metrics
