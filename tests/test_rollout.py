@@ -177,6 +177,12 @@ def test_rollouts_from_lists_pad_prompts_left_and_completions_right():
     assert rollout.select(torch.tensor([1])).completion_ids() == [[5, 6]]
 
 
+@pytest.mark.parametrize("logprobs", [[[-1.0, -2.0], [-3.0]], [[-1.0]]])
+def test_logprobs_that_are_not_one_a_token_are_refused(logprobs):
+    with pytest.raises(ValueError, match="completion 0 has 1 tokens but 2|2 completions but 1"):
+        Rollout.from_lists([[1], [2]], [[3], [4, 5]], pad_id=0, logprobs=logprobs)
+
+
 def test_an_empty_completion_is_refused_by_its_number():
     with pytest.raises(ValueError, match="completion 1 is empty"):
         Rollout.from_lists([[1], [2]], [[3], []], pad_id=0)

@@ -330,6 +330,12 @@ def test_the_adaptive_coefficient_follows_the_formula(model, tokenizer):
 
 def test_a_critic_from_the_reward_model_scores_like_it_before_training(model, tokenizer):
     scorer = RewardModel(copy.deepcopy(model), tokenizer)
+    scorer.gain.fill_(3.0)
+    scorer.shift.fill_(-5.0)
+    critic = scorer.as_critic()
+    tokens = torch.tensor([tokenizer("the cat sat on")["input_ids"] + [tokenizer.eos_token_id]])
+    mask = torch.ones_like(tokens).bool()
+    torch.testing.assert_close(critic(tokens, mask)[:, -1], scorer(tokens, mask))
     trainer = PPOTrainer(
         model, reward=scorer, prompts=PROMPTS, tokenizer=tokenizer, critic=scorer,
         config=ppo_config(iterations=1),
@@ -368,9 +374,7 @@ def test_no_prompts_are_refused(model, tokenizer):
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(model, tokenizer):
-    with pytest.raises(
-        ValueError, match=r"row 1: .* has \d+ tokens, but 59 fit: the context is 64"
-    ):
+    with pytest.raises(ValueError, match=r"row 1: .* tokens, but 59 fit: the context is 64"):
         PPOTrainer(
             model, reward=length_reward, prompts=["the cat " * 60], tokenizer=tokenizer,
             config=ppo_config(max_length=512),
@@ -379,9 +383,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(model, tok
 
 def test_an_example_longer_than_the_context_is_refused_by_its_number(model, tokenizer):
     rows = [*EXAMPLES, {"prompt": "a", "completion": " the" * 100}]
-    with pytest.raises(
-        ValueError, match=r"row 17: prompt and completion has \d+ tokens, but 64 fit"
-    ):
+    with pytest.raises(ValueError, match=r"row 17: prompt and .* tokens, but 64 fit"):
         SFTTrainer(model, rows, tokenizer=tokenizer, config=sft_config(max_length=512))
 
 
@@ -462,7 +464,7 @@ def test_each_stage_may_have_its_own_precision(model, tokenizer, precision):
     # Before the first update policy, reference and old log-probs are one and the same, whatever
     # the precision of the trunk.
     assert trainer.run.history[0]["approx_kl_k3"] == pytest.approx(0.0, abs=1e-6)
-    assert trainer.run.history[0]["kl"] == pytest.approx(0.0, abs=0.05)
+    assert trainer.run.history[0]["kl"] == 0.0
 
 
 def test_rollouts_of_ones_own_can_be_learnt_from(model, tokenizer):
@@ -483,3 +485,132 @@ def test_every_row_is_used_once_an_epoch_and_batches_are_full():
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
     assert torch.equal(batch_indices(2, 10, 4, seed=3), seen[8:12])
+
+
+def test_a_start_that_fails_does_not_lock_the_folder(model, tokenizer, tmp_path):
+    rows = [*EXAMPLES, {"prompt": "a", "completion": " the" * 100}]
+    with pytest.raises(DataError):
+        SFTTrainer(model, rows, tokenizer=tokenizer, config=sft_config(), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=sft_config(), run_dir=tmp_path / "run")
+
+
+def test_overlong_rows_are_skipped_on_request_and_said_to_be(model, tokenizer):
+    rows = [EXAMPLES[0], {"prompt": "a", "completion": " the" * 100}, *EXAMPLES[1:]]
+    with pytest.warns(UserWarning, match="skipped 1 of 17 rows: row 2: prompt and completion"):
+        trainer = SFTTrainer(model, rows, tokenizer=tokenizer, config=sft_config(), bad_rows="skip")
+    assert len(trainer._rows) == 16
+
+
+def test_resuming_with_another_configuration_is_refused_by_name(model, tokenizer, tmp_path):
+    config = sft_config(save_every=1, epochs=1)
+    SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=config, run_dir=tmp_path).train()
+    with pytest.raises(ConfigError, match="learning_rate: 0.01 -> 0.5"):
+        SFTTrainer(
+            model, EXAMPLES, tokenizer=tokenizer, config=config.replace(learning_rate=0.5),
+            run_dir=tmp_path, resume=True,
+        )  # fmt: skip
+    longer = SFTTrainer(
+        model, EXAMPLES, tokenizer=tokenizer, config=config.replace(epochs=2), run_dir=tmp_path,
+        resume=True,
+    ).train()  # fmt: skip
+    assert [row["step"] for row in longer.run.history] == [1, 2, 3, 4]
+
+
+def test_a_metrics_file_that_was_cut_off_in_a_line_can_be_resumed(model, tokenizer, tmp_path):
+    config = sft_config(save_every=1, epochs=1)
+    SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=config, run_dir=tmp_path).train()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    resumed = SFTTrainer(
+        model, EXAMPLES, tokenizer=tokenizer, config=config, run_dir=tmp_path, resume=True
+    )
+    assert [row["step"] for row in resumed.run.history] == [1, 2]
+
+
+def test_a_tracker_needs_a_folder(model, tokenizer):
+    with pytest.raises(ConfigError, match="log_with = 'tensorboard' needs a run_dir"):
+        SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=sft_config(log_with="tensorboard"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.trainers.run.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="`pip install wandb` brings it"):
+        SFTTrainer(
+            model, EXAMPLES, tokenizer=tokenizer, config=sft_config(log_with="wandb"),
+            run_dir=tmp_path,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_frozen_parameters_stay_as_they_are(model, tokenizer, stage):
+    model.model.embed_tokens.requires_grad_(False)
+    before = weights(model)
+    if stage == "sft":
+        SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=sft_config()).train()
+    elif stage == "reward":
+        config = RewardConfig(batch_size=8, learning_rate=1e-2)
+        RewardTrainer(model, PAIRS, tokenizer=tokenizer, config=config).train()
+    else:
+        PPOTrainer(
+            model, reward=length_reward, prompts=PROMPTS, tokenizer=tokenizer, config=ppo_config()
+        ).train()
+    assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    assert not torch.equal(model.model.norm.weight, before["model.norm.weight"])
+
+
+def test_a_model_that_is_frozen_whole_is_refused(model, tokenizer):
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=sft_config())
+
+
+def test_a_saved_reward_model_can_be_trained_further_but_is_no_policy(model, tokenizer, tmp_path):
+    scorer = RewardModel(model, tokenizer)
+    scorer.save_pretrained(tmp_path)
+    config = RewardConfig(batch_size=8)
+    trainer = RewardTrainer(tmp_path, PAIRS, config=config)
+    torch.testing.assert_close(trainer.model.head.weight, scorer.head.weight)
+    with pytest.raises(ValueError, match="holds a reward model, which has no language-model head"):
+        SFTTrainer(tmp_path, EXAMPLES, config=sft_config())
+
+
+def test_scores_are_normalised_on_completions_of_the_reference(model, tokenizer):
+    reference = [{"prompt": row["prompt"], "completion": " the sea"} for row in EXAMPLES]
+    trainer = rlhf_fast.reward(
+        model, PAIRS, tokenizer=tokenizer, reference_data=reference, batch_size=8,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    scores = trainer.model.score(PROMPTS, [" the sea"] * len(PROMPTS))
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_rollout_of_another_size_is_refused(model, tokenizer):
+    trainer = PPOTrainer(model, tokenizer=tokenizer, config=ppo_config())
+    with pytest.raises(ValueError, match="has 4 completions, but rollout_batch_size = 8"):
+        trainer.step(trainer.generate(PROMPTS[:4]), [0.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("the cat", "prompts is one string, 'the cat'; give a list"),
+        ([""], "prompt '' has no tokens"),
+        ([[5] * 200], "has 200 tokens, but 59 fit"),
+    ],
+)
+def test_prompts_that_cannot_be_generated_from_are_refused(model, tokenizer, prompts, message):
+    trainer = PPOTrainer(model, tokenizer=tokenizer, config=ppo_config())
+    with pytest.raises(ValueError, match=message):
+        trainer.generate(prompts)
+
+
+def test_a_column_that_the_reward_asks_for_must_be_in_the_data(model, tokenizer):
+    def reward(prompts, completions, answer):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(RewardError, match="asks for answer; offered are"):
+        PPOTrainer(model, reward=reward, prompts=PROMPTS, tokenizer=tokenizer, config=ppo_config())
+    rows = [{"prompt": prompt, "answer": "x"} for prompt in PROMPTS]
+    PPOTrainer(model, reward=reward, prompts=rows, tokenizer=tokenizer, config=ppo_config()).train()
