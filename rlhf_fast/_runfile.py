@@ -26,7 +26,8 @@ ARGUMENTS = {
     "prompts": "prompts to train on: .jsonl[.gz], .csv or .parquet file, or rows",
     "tokenizer": "name or folder of the tokenizer; null: the model's",
     "ref": "reference policy, name or folder; null: the model before training",
-    "critic": "head: a value head on the policy; model: a model of its own",
+    "critic": "head: a value head on the policy; model: a model of its own; or the folder of a "
+    "reward model, to start from it",
     "run_dir": "folder for metrics, checkpoints and the trained model",
     "resume": "go on from the newest checkpoint in run_dir",
     "pad_token": "padding token for a tokenizer that has none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class ActorCritic(nn.Module):
             `RewardModel`: a copy of it (TL;DR), its last-token head read at every position.
     """
 
-    def __init__(self, policy: Policy, critic: str | ScalarModel = "head") -> None:
+    def __init__(self, policy: Policy, critic: str | Path | ScalarModel = "head") -> None:
         super().__init__()
         self.policy = policy
         self.head: ScalarHead | None = None

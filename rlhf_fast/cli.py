@@ -147,7 +147,10 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
         from rlhf_fast.backends import BackendUnavailable
         from rlhf_fast.rewards import RewardError
 
-        mendable = isinstance(error, ValueError | OSError | RewardError | BackendUnavailable)
+        mendable = isinstance(
+            error,
+            ValueError | OSError | FloatingPointError | RewardError | BackendUnavailable,
+        )
         if debug or not mendable:
             raise
         line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -46,7 +46,9 @@ class _Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    seed: int = Field(0, ge=0, description="seed of initialisation, data order and sampling")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="seed of initialisation, data order and sampling"
+    )
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     lr_schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="linear decays to 0 (2019), cosine (TL;DR), constant"
@@ -93,6 +95,21 @@ class _Config(BaseModel):
         return self
 
 
+_Kind = TypeVar("_Kind", bound=_Config)
+
+
+def checked(config: _Kind | None, kind: type[_Kind]) -> _Kind:
+    """`config`, or the defaults of `kind`; raises `TypeError` for anything else."""
+    if config is None:
+        return kind()
+    if not isinstance(config, kind):
+        raise TypeError(
+            f"config is of type {type(config).__name__}; give a {kind.__name__}, for example "
+            f"{kind.__name__}(seed=1)"
+        )
+    return config
+
+
 class SFTConfig(_Config):
     """Supervised fine-tuning: next-token cross-entropy, a mean over the tokens that count."""
 
@@ -132,7 +149,7 @@ class PPOConfig(_Config):
     # sampling
     max_new_tokens: int = Field(64, ge=1, description="completion length at most")
     temperature: float = Field(
-        1.0, gt=0, description="of sampling and of every log-prob (2019: .7)"
+        1.0, ge=0.01, description="of sampling and of every log-prob (2019: .7)"
     )
     top_k: int = Field(0, ge=0, description="0: all; else ratios and KL are biased")
     top_p: float = Field(1.0, gt=0, le=1, description="1: all; else ratios and KL are biased")

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_fast.data import check_tokenizer
 from rlhf_fast.ops import full_kl, linear_kl, linear_logprobs, token_logprobs
@@ -28,13 +33,37 @@ IGNORED = -100
 def load_causal_lm(model: str | Path | PreTrainedModel) -> PreTrainedModel:
     """A causal language model in fp32, from a name, a folder, or itself."""
     if not isinstance(model, str | Path):
+        _check_kind(model)
         return model
     if (Path(model) / "reward_model.json").exists():
         raise ValueError(
             f"{str(model)!r} holds a reward model, which has no language-model head; give the "
             "folder of a causal language model"
         )
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    _check_kind(model)
+    return model
+
+
+def _check_kind(model: Any) -> None:
+    """Raises for what is no causal language model that can be trained and saved here."""
+    what = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        hint = "; merge adapters of PEFT first (merge_and_unload)" if "Peft" in what else ""
+        raise TypeError(
+            f"the model is of type {what}; give a causal language model of transformers, its name "
+            f"or its folder{hint}"
+        )
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"the {what} holds LoRA adapters, which are not supported: they would not be saved; "
+            "merge them first"
+        )
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{what} is not a causal language model with a head over the vocabulary; load it with "
+            "AutoModelForCausalLM"
+        )
 
 
 def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = None) -> Any:
@@ -44,7 +73,10 @@ def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = No
         ValueError: There is none, or it has no EOS or no padding token (see `pad_token`).
     """
     if tokenizer is None:
-        tokenizer = model if isinstance(model, str | Path) else model.config.name_or_path
+        if not isinstance(model, str | Path):
+            _check_kind(model)
+            model = model.config.name_or_path
+        tokenizer = model
         if not tokenizer:
             raise ValueError(
                 "this model was not loaded from a folder or a name, so its tokenizer is unknown; "
@@ -52,6 +84,11 @@ def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = No
             )
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"the tokenizer is {tokenizer!r} of type {type(tokenizer).__name__}; give one of "
+            "transformers, its name or its folder"
+        )
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -94,12 +131,34 @@ def context_length(model: PreTrainedModel, max_length: int) -> int:
 
 
 def require_trainable(module: nn.Module) -> None:
-    """Raises `ValueError` for a module all of whose parameters are frozen."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    """Raises `ValueError` for a module that is frozen whole, or trained in half precision."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained:
         raise ValueError(
             "every parameter of the model is frozen (requires_grad=False), so nothing could be "
             "learnt; unfreeze those to train"
         )
+    for parameter in trained:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"the model's weights are {parameter.dtype}, in which small optimiser steps round "
+                "to nothing; load it in float32 and set mixed_precision='bf16'"
+            )
+
+
+def check_vocabulary(tokenizer: Any, model: PreTrainedModel, what: str) -> None:
+    """Raises `ValueError` if `tokenizer` has ids that `model`, called `what`, has no rows for."""
+    rows, ids = model.get_input_embeddings().weight.shape[0], vocabulary_size(tokenizer)
+    if ids > rows:
+        raise ValueError(
+            f"the tokenizer's ids reach {ids - 1}, but {what} embeds {rows} tokens; use the "
+            "tokenizer that belongs to it, or model.resize_token_embeddings"
+        )
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The largest id of `tokenizer` plus one; a model's matrices may have rows beyond it."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def model_inputs(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> dict[str, Any]:
@@ -119,9 +178,11 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tenso
     return trunk(**model_inputs(trunk, tokens, mask)).last_hidden_state
 
 
+@torch.no_grad()
 def hidden_size(model: PreTrainedModel) -> int:
-    """`D`, the width of the model's hidden states."""
-    return model.config.get_text_config().hidden_size
+    """`D`, the width of the model's hidden states; seen on a token, since configs differ."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    return hidden_states(model, token, token == 0).shape[-1]
 
 
 class HeadOptions(NamedTuple):
@@ -152,16 +213,21 @@ class Policy(nn.Module):
 
     Args:
         model: For example GPT-2, Llama, Qwen, Gemma (its soft cap is found).
+        vocabulary: Tokens that can be drawn: the distribution is over the first so many rows of
+            the head. By default all, also those that stand for no token.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.vocabulary = vocabulary
         self.head_options = self._find_head()
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()
-        return head.weight, getattr(head, "bias", None)
+        bias = getattr(head, "bias", None)
+        drawn = slice(self.vocabulary)
+        return head.weight[drawn], None if bias is None else bias[drawn]
 
     def _find_head(self) -> HeadOptions | None:
         """The head's options if trunk and head make up the model on a probe, else None."""
@@ -172,7 +238,8 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         if head is None or self.model.base_model is self.model:
             return None
-        tokens = torch.arange(8, device=self.model.device)[None] % config.vocab_size
+        tokens = torch.arange(8, device=self.model.device)[None]
+        tokens = tokens % (self.vocabulary or head.weight.shape[0])
         mask, targets = torch.ones_like(tokens).bool(), torch.ones_like(tokens).bool()
         with torch.no_grad(), evaluating(self.model):
             hidden = hidden_states(self.model, tokens, mask)
@@ -201,7 +268,8 @@ class Policy(nn.Module):
         return _after_first(logprobs.view(index.shape)), _after_first(entropy.view(index.shape))
 
     def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.model(**model_inputs(self.model, tokens, mask)).logits
+        logits = self.model(**model_inputs(self.model, tokens, mask)).logits
+        return logits[..., : self.vocabulary]
 
     def _from_logits(
         self, tokens: Tensor, mask: Tensor, targets: Tensor, temperature: float

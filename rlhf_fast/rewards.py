@@ -57,6 +57,19 @@ class RewardFunction:
                 owner.to(device)
         return self
 
+    def refuse_shared(self, policy: torch.nn.Module) -> None:
+        """Raises `RewardError` if a reward model shares weights with `policy`."""
+        trained = {id(parameter) for parameter in policy.parameters()}
+        for part in self.parts:
+            owner = getattr(part.function, "__self__", None)
+            if isinstance(owner, torch.nn.Module) and any(
+                id(parameter) in trained for parameter in owner.parameters()
+            ):
+                raise RewardError(
+                    f"reward {part.name!r} shares weights with the policy and would change while "
+                    "it trains; give it a copy of the model"
+                )
+
 
 def as_reward(spec: Any) -> RewardFunction:
     """Makes a reward of what users write.

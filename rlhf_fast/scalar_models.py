@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from rlhf_fast.data import check_tokenizer, encode_completion, encode_prompt, pad
-from rlhf_fast.models import context_length, evaluating, hidden_size, hidden_states
+from rlhf_fast.models import (
+    check_vocabulary,
+    context_length,
+    evaluating,
+    hidden_size,
+    hidden_states,
+)
 
 
 class ScalarHead(nn.Module):
@@ -74,6 +80,7 @@ class RewardModel(ScalarModel):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         check_tokenizer(tokenizer)
+        check_vocabulary(tokenizer, model, "the reward model")
         super().__init__(model, std=(hidden_size(model) + 1) ** -0.5)
         self.tokenizer = tokenizer
         self.gain: Tensor
@@ -105,6 +112,8 @@ class RewardModel(ScalarModel):
         Raises:
             ValueError: A text is longer than the model's positions reach.
         """
+        if isinstance(prompts, str) or isinstance(completions, str):
+            raise ValueError("prompts and completions must be lists of texts, not one text")
         if not prompts:
             return torch.zeros(0)
         limit = context_length(self.model, sys.maxsize)

@@ -13,7 +13,7 @@ import itertools
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 SYMBOLS = "^abcd"
 LENGTH = 3
@@ -27,25 +27,26 @@ def symbol_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="d", pad_token="d")
 
 
-def random_model(seed: int, std: float = 0.15) -> LlamaForCausalLM:
-    """A tiny Llama whose weights are large enough that its distributions are far from uniform."""
-    config = LlamaConfig(
+def random_model(seed: int, std: float = 0.1) -> GPT2LMHeadModel:
+    """A tiny GPT-2 whose weights are large enough that its distributions are far from uniform.
+
+    It has absolute positions for a reason: to rotary ones a text that repeats its first symbol
+    looks the same at every step, so that such a model cannot represent the optimum.
+    """
+    config = GPT2Config(
         vocab_size=len(SYMBOLS),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=16,
+        n_positions=8,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
         initializer_range=std,
-        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return GPT2LMHeadModel(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Problem:
     beta: float
 
     @classmethod
-    def make(cls, model: LlamaForCausalLM, seed: int, beta: float = 0.5) -> Problem:
+    def make(cls, model: GPT2LMHeadModel, seed: int, beta: float = 0.5) -> Problem:
         completions = torch.tensor(list(itertools.product(range(len(SYMBOLS)), repeat=LENGTH)))
         generator = torch.Generator().manual_seed(seed)
         bigrams = torch.randn(len(SYMBOLS), len(SYMBOLS), generator=generator, dtype=torch.float64)
@@ -99,8 +100,9 @@ class Problem:
 
 
 @torch.no_grad()
-def sequence_logprobs(model: LlamaForCausalLM, completions: Tensor) -> Tensor:
-    """fp64 [K], log-probability of each completion [K, 3] after `^`."""
+def sequence_logprobs(model: GPT2LMHeadModel, completions: Tensor) -> Tensor:
+    """fp64 [K], log-probability of each completion [K, 3] after `^`, dropout off."""
+    model.eval()
     tokens = torch.cat([torch.zeros(len(completions), 1, dtype=torch.int64), completions], dim=1)
     logprobs = model(tokens).logits[:, :-1].double().log_softmax(-1)
     return logprobs.gather(2, tokens[:, 1:, None]).sum((1, 2))

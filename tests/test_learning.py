@@ -24,7 +24,7 @@ def train_closed_form(seed, iterations, batch):
         config=PPOConfig(
             seed=seed, iterations=iterations, rollout_batch_size=batch, batch_size=batch,
             epochs=2, max_new_tokens=3, ignore_eos=True, kl_coef=problem.beta,
-            learning_rate=2e-3, max_length=8,
+            learning_rate=1e-3, max_length=8,
         ),
     ).train()  # fmt: skip
     return problem, sequence_logprobs(model, problem.completions), trainer.run.history

@@ -23,6 +23,7 @@ from rlhf_fast.config import ConfigError
 from rlhf_fast.data import Rollout, batch_indices
 from rlhf_fast.loading import DataError
 from rlhf_fast.rewards import RewardError
+from rlhf_fast.scalar_models import ScalarModel
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
 
 WORDS = "the cat sat on a mat and the dog ran to the big red house by the sea".split()
@@ -550,7 +551,7 @@ def test_frozen_parameters_stay_as_they_are(model, tokenizer, stage):
         SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=sft_config()).train()
     elif stage == "reward":
         config = RewardConfig(batch_size=8, learning_rate=1e-2)
-        RewardTrainer(model, PAIRS, tokenizer=tokenizer, config=config).train()
+        model = RewardTrainer(model, PAIRS, tokenizer=tokenizer, config=config).train().model
     else:
         PPOTrainer(
             model, reward=length_reward, prompts=PROMPTS, tokenizer=tokenizer, config=ppo_config()
@@ -614,3 +615,118 @@ def test_a_column_that_the_reward_asks_for_must_be_in_the_data(model, tokenizer)
         PPOTrainer(model, reward=reward, prompts=PROMPTS, tokenizer=tokenizer, config=ppo_config())
     rows = [{"prompt": prompt, "answer": "x"} for prompt in PROMPTS]
     PPOTrainer(model, reward=reward, prompts=rows, tokenizer=tokenizer, config=ppo_config()).train()
+
+
+def test_training_a_reward_model_leaves_the_given_model_alone(model, tokenizer):
+    before = weights(model)
+    scorer = rlhf_fast.reward(model, PAIRS, tokenizer=tokenizer, batch_size=8).model
+    assert_same(weights(model), before, atol=0, rtol=0)
+    expected = scorer.score(PROMPTS, [" the end"] * len(PROMPTS))
+    rlhf_fast.ppo(
+        model, reward=scorer, prompts=PROMPTS, tokenizer=tokenizer, **ppo_config().model_dump()
+    )
+    assert torch.equal(scorer.score(PROMPTS, [" the end"] * len(PROMPTS)), expected)
+
+
+def test_a_reward_model_on_the_policys_own_weights_is_refused(model, tokenizer):
+    with pytest.raises(RewardError, match="shares weights with the policy"):
+        PPOTrainer(model, reward=RewardModel(model, tokenizer), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_run_that_breaks_down_stops_and_saves_nothing(model, tokenizer, stage, tmp_path):
+    with pytest.raises(FloatingPointError, match="training broke down at step"):
+        if stage == "sft":
+            rlhf_fast.sft(
+                model, EXAMPLES, tokenizer=tokenizer, run_dir=tmp_path, batch_size=8, epochs=9,
+                learning_rate=1e30,
+            )  # fmt: skip
+        else:
+            fields = {**ppo_config().model_dump(), "iterations": 2, "max_grad_norm": None}
+            rlhf_fast.ppo(
+                model, reward=lambda prompts, completions: [1e30 * len(c) for c in completions],
+                prompts=PROMPTS, tokenizer=tokenizer, run_dir=tmp_path, **fields,
+            )  # fmt: skip
+    assert not (tmp_path / "model").exists()
+
+
+def test_half_precision_weights_are_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="weights are torch.bfloat16.*mixed_precision='bf16'"):
+        SFTTrainer(model.bfloat16(), EXAMPLES, tokenizer=tokenizer, config=sft_config())
+
+
+def test_adapters_of_peft_are_refused_with_what_to_do(model, tokenizer):
+    model.add_module("lora_A", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="holds LoRA adapters.*merge them first"):
+        SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, config=sft_config())
+
+
+def test_rows_that_stand_for_no_token_are_in_no_distribution(model, tokenizer):
+    model.resize_token_embeddings(len(tokenizer) + 64)
+    trainer = PPOTrainer(model, tokenizer=tokenizer, config=ppo_config())
+    rollout = trainer.generate(PROMPTS[:8])
+    metrics = trainer.step(rollout, [0.0] * 8)
+    assert metrics["approx_kl_k3"] < 0.05
+    start = rollout.prompt_length
+    fresh = PPOTrainer(model, tokenizer=tokenizer, config=ppo_config())
+    again = fresh.generate(PROMPTS[:8])
+    scored = fresh.ref(again.tokens, again.mask, again.targets).logprobs[:, start:]
+    torch.testing.assert_close(again.logprobs, scored, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("who", ["model", "reference", "critic"])
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(model, tokenizer, who):
+    small = copy.deepcopy(model)
+    small.resize_token_embeddings(len(tokenizer) - 10)
+    with pytest.raises(ValueError, match=f"ids reach 2.., but the {who} embeds"):
+        PPOTrainer(
+            small if who == "model" else model,
+            ref=small if who == "reference" else None,
+            critic=ScalarModel(small) if who == "critic" else "head",
+            tokenizer=tokenizer,
+        )
+
+
+def test_a_critic_that_reads_less_than_the_policy_is_refused(model, tokenizer):
+    short = tiny_llama(tokenizer, hidden_size=16, context=32)
+    with pytest.raises(ValueError, match="the critic reads 32 tokens, but sequences may have 64"):
+        PPOTrainer(model, critic=ScalarModel(short), tokenizer=tokenizer)
+
+
+def test_a_critic_can_come_from_a_folder(model, tokenizer, tmp_path):
+    RewardModel(copy.deepcopy(model), tokenizer).save_pretrained(tmp_path)
+    trainer = PPOTrainer(model, tokenizer=tokenizer, critic=tmp_path, config=ppo_config())
+    trainer.step(trainer.generate(PROMPTS[:8]), [0.0] * 8)
+
+
+def test_a_checkpoint_of_another_critic_is_refused_in_words(model, tokenizer, tmp_path):
+    settings = {"reward": length_reward, "prompts": PROMPTS, "tokenizer": tokenizer}
+    config = ppo_config(save_every=1)
+    PPOTrainer(model, **settings, config=config, run_dir=tmp_path).train()
+    with pytest.raises(ConfigError, match="(?s)step-3 cannot be resumed: .*model or critic"):
+        PPOTrainer(model, **settings, config=config, run_dir=tmp_path, resume=True, critic="model")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"seed": 1}}, "config is of type dict; give a SFTConfig"),
+        ({"config": PPOConfig()}, "config is of type PPOConfig; give a SFTConfig"),
+        ({"model": 5}, "the model is of type int; give a causal language model"),
+        ({"tokenizer": 5}, "the tokenizer is 5 of type int"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(model, tokenizer, change, message):
+    with pytest.raises(TypeError, match=message):
+        SFTTrainer(**{"model": model, "data": EXAMPLES, "tokenizer": tokenizer, **change})
+
+
+def test_a_trunk_without_a_head_is_no_policy(model, tokenizer):
+    with pytest.raises(ValueError, match="LlamaModel is not a causal language model"):
+        SFTTrainer(model.model, EXAMPLES, tokenizer=tokenizer)
+
+
+def test_a_run_dir_that_is_a_file_is_refused(model, tokenizer, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        SFTTrainer(model, EXAMPLES, tokenizer=tokenizer, run_dir=tmp_path / "file")

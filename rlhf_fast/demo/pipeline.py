@@ -166,7 +166,7 @@ def main(run_dir: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
     )
     ref = Policy(sft.model).frozen_copy().model
     reward = RewardTrainer(
-        Policy(sft.model).frozen_copy().model.requires_grad_(True),
+        sft.model,
         pairs,
         tokenizer=tokenizer,
         config=RewardConfig(seed=seed, **REWARD),

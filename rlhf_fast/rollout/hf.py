@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from rlhf_fast.data import Rollout, check_tokenizer, pad
-from rlhf_fast.models import evaluating
+from rlhf_fast.models import check_vocabulary, evaluating, vocabulary_size
 from rlhf_fast.rollout.engine import Sampling
 
 
@@ -87,7 +87,8 @@ class HFEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         check_tokenizer(tokenizer)
         self.model, self.tokenizer, self.weight_version = model, tokenizer, 0
-        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
+        check_vocabulary(tokenizer, model, "the model")
+        self._vocabulary = vocabulary_size(tokenizer)
 
     def update_weights(self, version: int) -> None:
         """Nothing to copy: the engine samples from the model being trained."""
@@ -104,6 +105,12 @@ class HFEngine:
         """See `RolloutEngine.generate`; the rollout lies on the model's device."""
         if not prompts:
             raise ValueError("no prompts to generate from; give at least one")
+        for ids in prompts:
+            if wrong := [i for i in ids if not 0 <= i < self._vocabulary]:
+                raise ValueError(
+                    f"a prompt holds the id {wrong[0]}, outside the tokenizer's "
+                    f"[0, {self._vocabulary}); encode it with this tokenizer"
+                )
         device, stops = self.model.device, [] if sampling.ignore_eos else self._stops(sampling)
         tokens, mask = (
             x.to(device) for x in pad(prompts, self.tokenizer.pad_token_id, side="left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from typing import Any
 
 from rlhf_fast.config import ConfigError
 from rlhf_fast.trainers.run import Run
+
+
+# A tied head is one tensor under two names; accelerate warns at each save that it keeps one.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
@@ -63,8 +68,15 @@ def restore(run: Run) -> dict[str, Any]:
             "in the first run, or start without resume"
         )
     step, folder = found[-1]
-    run.accelerator.load_state(str(folder))
-    state = json.loads((folder / "trainer.json").read_text())
+    try:
+        run.accelerator.load_state(str(folder))
+        state = json.loads((folder / "trainer.json").read_text())
+    except Exception as error:
+        raise ConfigError(
+            f"{folder} cannot be resumed: {type(error).__name__}: {str(error)[:300]}. Either "
+            "model or critic are not those of the run, or the checkpoint is damaged: then delete "
+            "its folder, and the one before it is taken"
+        ) from error
     run.step = step
     run.cut_history(step)
     return state

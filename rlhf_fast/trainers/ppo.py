@@ -14,18 +14,20 @@ from transformers import PreTrainedModel
 
 from rlhf_fast import rewards
 from rlhf_fast.actor_critic import ActorCritic
-from rlhf_fast.config import PPOConfig
+from rlhf_fast.config import ConfigError, PPOConfig, checked
 from rlhf_fast.data import Rollout, batch_indices, check_length, encode_prompt
 from rlhf_fast.loading import DataError, Prompt, load_prompts
 from rlhf_fast.models import (
     Policy,
+    check_vocabulary,
     context_length,
     load_causal_lm,
     load_tokenizer,
     require_trainable,
+    vocabulary_size,
 )
 from rlhf_fast.rollout import HFEngine, RolloutEngine, Sampling
-from rlhf_fast.scalar_models import ScalarModel
+from rlhf_fast.scalar_models import RewardModel, ScalarModel
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.experience import describe, make_experience
 from rlhf_fast.trainers.run import Run
@@ -47,7 +49,8 @@ class PPOTrainer:
         tokenizer: By default the one saved with the policy.
         ref: Reference policy, its name or folder, which is frozen; by default a frozen copy of
             `policy`.
-        critic: `"head"`, `"model"`, or a `ScalarModel`; see `ActorCritic`.
+        critic: `"head"`, `"model"`, a `ScalarModel` or `RewardModel`, or the folder of a saved
+            reward model; see `ActorCritic`.
         config: See `PPOConfig`.
         engine: Samples completions; by default `HFEngine` on the policy itself.
         run_dir: Where metrics, samples, checkpoints and the policy go; None writes nothing.
@@ -68,7 +71,7 @@ class PPOTrainer:
         prompts: Any = None,
         tokenizer: Any = None,
         ref: str | Path | PreTrainedModel | None = None,
-        critic: str | ScalarModel = "head",
+        critic: str | Path | ScalarModel = "head",
         config: PPOConfig | None = None,
         engine: RolloutEngine | None = None,
         run_dir: str | Path | None = None,
@@ -76,7 +79,7 @@ class PPOTrainer:
         pad_token: str | None = None,
         bad_rows: str = "error",
     ) -> None:
-        self.config = config = config or PPOConfig()
+        self.config = config = checked(config, PPOConfig)
         self.run = Run(config, run_dir, resume=resume)
         self.tokenizer = load_tokenizer(tokenizer, policy, pad_token)
         self.model = load_causal_lm(policy)
@@ -92,6 +95,8 @@ class PPOTrainer:
         self._reward = None if reward is None else rewards.as_reward(reward).to(self.run.device)
         if self._reward is not None and self.prompts:
             rewards.check_columns(self._reward, self.prompts[0].columns)
+        if self._reward is not None:
+            self._reward.refuse_shared(self.model)
         if config.top_k or config.top_p < 1:
             warnings.warn(
                 f"top_k={config.top_k}, top_p={config.top_p}: completions are drawn from a "
@@ -99,9 +104,18 @@ class PPOTrainer:
                 "are biased; top_k=0, top_p=1 is exact",
                 stacklevel=2,
             )
-        wrapped = Policy(self.model)
-        reference = wrapped.frozen_copy() if ref is None else Policy(load_causal_lm(ref))
+        vocabulary = vocabulary_size(self.tokenizer)
+        wrapped = Policy(self.model, vocabulary)
+        if ref is None:
+            reference = wrapped.frozen_copy()
+        else:
+            reference = Policy(load_causal_lm(ref), vocabulary)
+            self._check_other("the reference", reference.model)
         self.ref = reference.requires_grad_(False).eval().to(self.run.device)
+        if isinstance(critic, str | Path) and (Path(critic) / "reward_model.json").exists():
+            critic = RewardModel.from_pretrained(critic)
+        if isinstance(critic, ScalarModel):
+            self._check_other("the critic", critic.model)
         actor_critic = ActorCritic(wrapped, critic)
         updates = config.iterations * config.epochs * self._minibatches
         optimizer, self._schedule = self.run.optimizer(
@@ -114,6 +128,22 @@ class PPOTrainer:
         self.kl_coef = config.kl_coef
         if resume:
             self.kl_coef = checkpoint.restore(self.run)["kl_coef"]
+            if self.run.step > config.iterations:
+                raise ConfigError(
+                    f"the run has done {self.run.step} iterations, more than iterations = "
+                    f"{config.iterations}; raise it"
+                )
+
+    def _check_other(self, what: str, model: PreTrainedModel) -> None:
+        """Raises unless `model` can read what the policy reads and writes."""
+        check_vocabulary(self.tokenizer, model, what)
+        ours = context_length(self.model, self.config.max_length)
+        theirs = context_length(model, self.config.max_length)
+        if theirs < ours:
+            raise ValueError(
+                f"{what} reads {theirs} tokens, but sequences may have {ours}; lower max_length "
+                f"to {theirs}"
+            )
 
     @property
     def _minibatches(self) -> int:
@@ -237,7 +267,10 @@ class PPOTrainer:
                 f"the rollout has {len(rollout) * run.world} completions, but rollout_batch_size "
                 f"= {config.rollout_batch_size}; schedule and batches rest on it: make them equal"
             )
-        scores = torch.as_tensor(scores, dtype=torch.float32).to(run.device)
+        try:
+            scores = torch.as_tensor(scores, dtype=torch.float32).to(run.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"scores are no numbers ({error}); give one a completion") from None
         if scores.shape != (len(rollout),) or not scores.isfinite().all():
             raise ValueError(
                 f"scores has shape {list(scores.shape)} and {int((~scores.isfinite()).sum())} "

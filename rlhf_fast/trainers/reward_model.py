@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_fast.config import RewardConfig
+from rlhf_fast.config import RewardConfig, checked
 from rlhf_fast.data import check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Preference, load_examples, load_preferences
 from rlhf_fast.models import (
@@ -34,8 +35,8 @@ class RewardTrainer:
     """Trains a `RewardModel` on pairs of completions (Bradley-Terry).
 
     Args:
-        model: A causal language model (usually the SFT model), its name or folder, or a
-            `RewardModel` or the folder of one to train further.
+        model: A causal language model (usually the SFT model), its name or folder: a copy of its
+            trunk gets a scalar head. Or a `RewardModel`, or the folder of one, to train further.
         data: What `loading.load_preferences` takes: `{prompt, chosen, rejected[, margin]}` rows
             or `{chosen, rejected}` transcripts.
         tokenizer: By default the one saved with the model.
@@ -67,7 +68,7 @@ class RewardTrainer:
         pad_token: str | None = None,
         bad_rows: str = "error",
     ) -> None:
-        self.config = config or RewardConfig()
+        self.config = checked(config, RewardConfig)
         self.run = Run(self.config, run_dir, resume=resume)
         self.model = _load(model, tokenizer, pad_token)
         self.tokenizer = self.model.tokenizer
@@ -197,7 +198,8 @@ def _load(model: Any, tokenizer: Any, pad_token: str | None) -> RewardModel:
         model = RewardModel.from_pretrained(model)
     if not isinstance(model, RewardModel):
         tokenizer = load_tokenizer(tokenizer, model, pad_token)
-        return RewardModel(load_causal_lm(model), tokenizer)
+        # A copy: else training the one would change the other.
+        return RewardModel(copy.deepcopy(load_causal_lm(model)), tokenizer)
     if tokenizer is not None or pad_token is not None:
         raise ValueError(
             "a RewardModel brings its tokenizer; leave tokenizer and pad_token out, or set "

@@ -68,6 +68,8 @@ class Run:
             self.accelerator.init_trackers("rlhf_fast", config.model_dump())
 
     def _check_folder(self, folder: Path, resume: bool) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"run_dir {str(folder)!r} is a file; name a folder")
         metrics = folder / METRICS
         begun = metrics.exists() and metrics.stat().st_size > 0
         if not resume:
@@ -185,8 +187,19 @@ class Run:
         return {name: float(x) for name, x in metrics.items()}
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Appends `metrics` of the current step to the history, metrics.jsonl and the tracker."""
+        """Appends `metrics` of the current step to the history, metrics.jsonl and the tracker.
+
+        Raises:
+            FloatingPointError: A metric is not finite: the weights are beyond repair.
+        """
         row = {"step": float(self.step), **metrics}
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        # fp16 overflows now and then; accelerate skips such a step.
+        if broken and not self.accelerator.optimizer_step_was_skipped:
+            raise FloatingPointError(
+                f"training broke down at step {self.step}: {broken[0]} is {metrics[broken[0]]}; "
+                "lower learning_rate, or look at the scale of the rewards"
+            )
         if self.accelerator.is_main_process and self.folder is not None:
             # JSON has no NaN: a reader that is not Python would stop at it.
             safe = {k: v if math.isfinite(v) else None for k, v in row.items()}

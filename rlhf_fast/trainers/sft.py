@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_fast.config import SFTConfig
+from rlhf_fast.config import SFTConfig, checked
 from rlhf_fast.data import TokenBatch, check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Example, load_examples
 from rlhf_fast.models import (
     Policy,
+    check_vocabulary,
     context_length,
     evaluating,
     load_causal_lm,
@@ -60,11 +61,12 @@ class SFTTrainer:
         pad_token: str | None = None,
         bad_rows: str = "error",
     ) -> None:
-        self.config = config or SFTConfig()
+        self.config = checked(config, SFTConfig)
         self.run = Run(self.config, run_dir, resume=resume)
         self.tokenizer = load_tokenizer(tokenizer, model, pad_token)
         self.model = load_causal_lm(model)
         require_trainable(self.model)
+        check_vocabulary(self.tokenizer, self.model, "the model")
         self._rows = self._encode(data, bad_rows)
         self._eval_rows = [] if eval_data is None else self._encode(eval_data, bad_rows)
         self.total_steps = count_steps(len(self._rows), self.config.batch_size, self.config.epochs)
