@@ -27,12 +27,13 @@ def train_closed_form(seed, iterations, batch):
             learning_rate=1e-3, max_length=8,
         ),
     ).train()  # fmt: skip
-    return problem, sequence_logprobs(model, problem.completions), trainer.run.history
+    return problem, trainer.model, trainer.run.history
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gate_a_ppo_reaches_the_closed_form_optimum(seed):
-    problem, logprobs, history = train_closed_form(seed, iterations=80, batch=128)
+    problem, model, history = train_closed_form(seed, iterations=80, batch=128)
+    logprobs = sequence_logprobs(model, problem.completions)
     assert problem.gap_closed(logprobs) >= 0.99
     assert problem.total_variation(logprobs) <= 0.04
     # At the optimum every sampled score - beta * log(policy / ref) is beta * log Z.
@@ -42,10 +43,11 @@ def test_gate_a_ppo_reaches_the_closed_form_optimum(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_gate_a_long_ppo_reaches_the_closed_form_optimum(seed):
-    problem, logprobs, history = train_closed_form(seed, iterations=150, batch=256)
+    problem, model, history = train_closed_form(seed, iterations=150, batch=256)
+    logprobs = sequence_logprobs(model, problem.completions)
     assert problem.gap_closed(logprobs) >= 0.995
     assert problem.total_variation(logprobs) <= 0.02
-    assert history[-1]["soft_return_std"] <= 0.05
+    assert history[-1]["soft_return"] == pytest.approx(problem.best, abs=0.02)
 
 
 WORDS = "oak elm fir ash yew bay fig sky sea sun rye tea".split()

@@ -13,7 +13,6 @@ from typing import Any
 from rlhf_fast.config import ConfigError
 from rlhf_fast.trainers.run import Run
 
-
 # A tied head is one tensor under two names; accelerate warns at each save that it keeps one.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
