@@ -62,7 +62,7 @@ lint: $(READY)  ## ruff and mypy
 install-check: $(READY)  ## every kind of install, into throw-away environments
 	scripts/check_install.sh $(BIN)/python
 
-ci: lint install-check  ## everything that must hold before a merge
+ci: lint install-check demo  ## everything that must hold before a merge
 	RLHF_FAST_STRICT_SKIPS=1 $(MAKE) --no-print-directory test
 
 clean:  ## what was built, .venv included
