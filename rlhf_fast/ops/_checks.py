@@ -5,7 +5,9 @@ Every message says which op and which argument, what was given, and what is expe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +56,26 @@ def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None
         value in choices,
         f"{op}: {name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}",
     )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of an `autograd.Function` that has no second derivative.
+
+    Torch's `once_differentiable` lets a gradient of a gradient through as zero where the upstream
+    gradient is a constant; here `create_graph=True` raises.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "this op is differentiable once, so create_graph=True cannot work; take a second "
+                "derivative through plain PyTorch"
+            )
+        with torch.no_grad():
+            return backward(ctx, *grads)
+
+    return checked
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast.ops._checks import floating, integral, require
+from rlhf_fast.ops._checks import differentiable_once, floating, integral, require
 
 TILE_ELEMENTS = 1 << 25
 """Most logits of one chunk: 128 MiB in fp32. Part of the numerics (a product's bits depend on its
@@ -96,7 +96,7 @@ class _HeadLogits(torch.autograd.Function):
         return logits if logit_scale == 1.0 else logits.mul_(logit_scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
-from rlhf_fast.ops._checks import floating, require, same_shape, stats_dtype
+from rlhf_fast.ops._checks import differentiable_once, floating, require, same_shape, stats_dtype
 from rlhf_fast.ops._softmax import (
     RowStatistics,
     check_scaling,
@@ -65,7 +65,7 @@ class _FullKL(torch.autograd.Function):
         return kl.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         logits, ref_logits, kl, *saved = ctx.saved_tensors
         z_stats, r_stats = RowStatistics(*saved[:3]), RowStatistics(*saved[3:])

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_fast.backends import Impl, resolve
 from rlhf_fast.ops import _checks
@@ -122,7 +121,7 @@ class _Gae(torch.autograd.Function):
         return impl.forward(rewards, values, mask, gamma, lam, bootstrap, cu_seqlens)
 
     @staticmethod
-    @once_differentiable
+    @_checks.differentiable_once
     def backward(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor) -> tuple[Any, ...]:
         mask, gamma, lam, cu_seqlens = ctx.saved_tensors
         rewards, values, bootstrap = ctx.impl.backward(

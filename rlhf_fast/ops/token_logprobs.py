@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
-from rlhf_fast.ops._checks import floating, integral, require, stats_dtype
+from rlhf_fast.ops._checks import differentiable_once, floating, integral, require, stats_dtype
 from rlhf_fast.ops._softmax import (
     RowStatistics,
     check_ids,
@@ -56,7 +56,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor, None, None, None, None]:
