@@ -9,29 +9,29 @@ takes `**kwargs`.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast._reward_modules import (
+    RewardError,
+    module_of_file,
+    module_of_name,
+    public_functions,
+)
 from rlhf_fast._rows import names, short
+
+__all__ = ["Reward", "RewardError", "RewardFunction", "as_reward", "check_columns", "evaluate"]
 
 OFFERED = ("prompts", "completions", "completion_ids")
 Reward = Callable[..., list[float] | Tensor | dict[str, Any]]
-
-
-class RewardError(RuntimeError):
-    """A reward that cannot be found or called, or that returned what is no reward."""
 
 
 @dataclass(frozen=True)
@@ -301,44 +301,11 @@ def _load(spec: str) -> RewardPart:
             f"the reward {spec!r} is no folder and names no function; give 'module:function', "
             "'file.py:function' or the folder of a reward model"
         )
-    found: Any = _file(spec, origin) if origin.endswith(".py") else _module(spec, origin)
+    load = module_of_file if origin.endswith(".py") else module_of_name
+    found: Any = load(spec, origin)
     for name in attribute.split("."):
         if not hasattr(found, name):
-            public = ", ".join(_functions(found)) or "none"
+            public = ", ".join(public_functions(found)) or "none"
             raise RewardError(f"the reward {spec!r}: {origin} has no {name!r}; it has {public}")
         found = getattr(found, name)
     return _part(found)
-
-
-def _functions(module: object) -> Iterator[str]:
-    return (n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-
-
-def _module(spec: str, origin: str) -> ModuleType:
-    try:
-        return importlib.import_module(origin)
-    except Exception as error:
-        raise RewardError(
-            f"the reward {spec!r}: importing {origin} raised {type(error).__name__}: {error}; "
-            "install the module, or name its file: 'path/to/file.py:function'"
-        ) from error
-
-
-def _file(spec: str, origin: str) -> ModuleType:
-    path = Path(origin).resolve()
-    if not path.is_file():
-        raise RewardError(f"the reward {spec!r}: there is no file {path}")
-    # Registered, since dataclasses and pickle look their module up; by path, for equal stems.
-    name = f"rlhf_fast.rewards.{path}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise RewardError(
-            f"the reward {spec!r}: running {path} raised {type(error).__name__}: {error}"
-        ) from error
-    return module

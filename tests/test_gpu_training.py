@@ -6,7 +6,7 @@ import pytest
 import torch
 from closed_form import sequence_logprobs
 from test_learning import train_closed_form
-from test_trainers import EXAMPLES, PAIRS, PROMPTS, WORDS, length_reward, ppo_config, sft_config
+from trainer_cases import EXAMPLES, PAIRS, PROMPTS, WORDS, length_reward, ppo_config, sft_config
 
 from rlhf_fast import PPOTrainer, RewardConfig, RewardTrainer, SFTTrainer
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
