@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from rlhf_fast.data import Rollout
-from rlhf_fast.models import Policy, disable_dropout, hidden_size
+from rlhf_fast.models import disable_dropout, hidden_size
+from rlhf_fast.policy import Policy
 from rlhf_fast.scalar_models import ScalarHead, ScalarModel
 
 

@@ -1,19 +1,12 @@
-"""Hugging Face causal language models as policies.
-
-A causal language model is used in two parts, its trunk (hidden states) and its head (a matrix), so
-that the fused linear ops make log-probabilities without a `[tokens, vocabulary]` tensor. Whether
-the two parts make up the model is measured when it is wrapped; where they do not, the model's own
-logits are used.
-"""
+"""Loading and checking models and tokenizers, and running a model's trunk."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +18,6 @@ from transformers import (
 )
 
 from rlhf_fast.data import check_tokenizer
-from rlhf_fast.ops import full_kl, linear_kl, linear_logprobs, token_logprobs
-
-IGNORED = -100
 
 
 def load_causal_lm(model: str | Path | PreTrainedModel) -> PreTrainedModel:
@@ -183,170 +173,3 @@ def hidden_size(model: PreTrainedModel) -> int:
     """`D`, the width of the model's hidden states; seen on a token, since configs differ."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     return hidden_states(model, token, token == 0).shape[-1]
-
-
-class HeadOptions(NamedTuple):
-    """What a head does to `hidden @ weight.T + bias` (see `ops.linear_logprobs`)."""
-
-    softcap: float | None
-    logit_scale: float
-
-
-class PolicyOutput(NamedTuple):
-    """What a policy says of given tokens.
-
-    Attributes:
-        logprobs: fp32 `[B, L]`, of each target token given those before it; 0 elsewhere.
-        entropy: fp32 `[B, L]`, of the distribution that it was drawn from; 0 elsewhere.
-        hidden: `[B, L, D]`, the trunk's states.
-        kl: fp32 `[B, L]`, exact KL from a reference, if one was given.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    hidden: Tensor
-    kl: Tensor | None
-
-
-class Policy(nn.Module):
-    """A Hugging Face causal language model that gives log-probabilities of tokens.
-
-    Args:
-        model: For example GPT-2, Llama, Qwen, Gemma (its soft cap is found).
-        vocabulary: Tokens that can be drawn: the distribution is over the first so many rows of
-            the head. By default all, also those that stand for no token.
-    """
-
-    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.vocabulary = vocabulary
-        self.head_options = self._find_head()
-
-    def _head(self) -> tuple[Tensor, Tensor | None]:
-        head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        drawn = slice(self.vocabulary)
-        return head.weight[drawn], None if bias is None else bias[drawn]
-
-    def _find_head(self) -> HeadOptions | None:
-        """The head's options if trunk and head make up the model on a probe, else None."""
-        config = self.model.config
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        options = HeadOptions(getattr(config, "final_logit_softcapping", None), scale)
-        head = self.model.get_output_embeddings()
-        if head is None or self.model.base_model is self.model:
-            return None
-        tokens = torch.arange(8, device=self.model.device)[None]
-        tokens = tokens % (self.vocabulary or head.weight.shape[0])
-        mask, targets = torch.ones_like(tokens).bool(), torch.ones_like(tokens).bool()
-        with torch.no_grad(), evaluating(self.model):
-            hidden = hidden_states(self.model, tokens, mask)
-            if hidden.shape[-1] != head.weight.shape[-1]:
-                return None
-            ours = self._from_hidden(hidden, tokens, targets, 1.0, options)[0]
-            own = self._from_logits(tokens, mask, targets, 1.0)[0]
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
-        return options if (ours - own).abs().max() <= tolerance else None
-
-    def _from_hidden(
-        self, hidden: Tensor, tokens: Tensor, targets: Tensor, temperature: float, head: HeadOptions
-    ) -> tuple[Tensor, Tensor]:
-        weight, bias = self._head()
-        index = torch.where(targets, tokens, IGNORED)[:, 1:]
-        with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, entropy = linear_logprobs(
-                hidden[:, :-1].flatten(0, 1),
-                weight.to(hidden.dtype),
-                index.flatten(),
-                bias=None if bias is None else bias.to(hidden.dtype),
-                temperature=temperature,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-            )
-        return _after_first(logprobs.view(index.shape)), _after_first(entropy.view(index.shape))
-
-    def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        logits = self.model(**model_inputs(self.model, tokens, mask)).logits
-        return logits[..., : self.vocabulary]
-
-    def _from_logits(
-        self, tokens: Tensor, mask: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        index = torch.where(targets, tokens, IGNORED)[:, 1:]
-        logits = self._logits(tokens, mask)[:, :-1]
-        logprobs, entropy = token_logprobs(logits, index, temperature=temperature)
-        return _after_first(logprobs), _after_first(entropy)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        mask: Tensor,
-        targets: Tensor,
-        temperature: float = 1.0,
-        ref: Policy | None = None,
-    ) -> PolicyOutput:
-        """Scores `tokens`.
-
-        Args:
-            tokens: int64 `[B, L]`.
-            mask: bool `[B, L]`, True for real tokens.
-            targets: bool `[B, L]`, True for the tokens to score; a first token has nothing
-                before it and is never scored.
-            temperature: Divides the logits.
-            ref: Also give the exact KL from this policy at each target.
-        """
-        hidden = hidden_states(self.model, tokens, mask)
-        if self.head_options is None:
-            logprobs, entropy = self._from_logits(tokens, mask, targets, temperature)
-        else:
-            logprobs, entropy = self._from_hidden(
-                hidden, tokens, targets, temperature, self.head_options
-            )
-        kl = (
-            None if ref is None else self._exact_kl(ref, hidden, tokens, mask, targets, temperature)
-        )
-        return PolicyOutput(logprobs, entropy, hidden, kl)
-
-    def _exact_kl(
-        self,
-        ref: Policy,
-        hidden: Tensor,
-        tokens: Tensor,
-        mask: Tensor,
-        targets: Tensor,
-        temperature: float,
-    ) -> Tensor:
-        where = targets[:, 1:]
-        if self.head_options is None or self.head_options != ref.head_options:
-            with torch.no_grad():
-                ref_logits = ref._logits(tokens, mask)[:, :-1][where]
-            logits = self._logits(tokens, mask)[:, :-1][where]
-            kl = full_kl(logits, ref_logits, temperature=temperature)
-        else:
-            with torch.no_grad():
-                ref_hidden = hidden_states(ref.model, tokens, mask)[:, :-1][where]
-            (weight, bias), (ref_weight, ref_bias) = self._head(), ref._head()
-            with torch.autocast(hidden.device.type, enabled=False):
-                kl = linear_kl(
-                    hidden[:, :-1][where],
-                    weight.to(hidden.dtype),
-                    ref_hidden,
-                    ref_weight.to(ref_hidden.dtype),
-                    bias=None if bias is None else bias.to(hidden.dtype),
-                    ref_bias=None if ref_bias is None else ref_bias.to(ref_hidden.dtype),
-                    temperature=temperature,
-                    softcap=self.head_options.softcap,
-                    logit_scale=self.head_options.logit_scale,
-                )
-        return _after_first(kl.new_zeros(where.shape).masked_scatter(where, kl))
-
-    def frozen_copy(self) -> Policy:
-        """A copy without gradients: the reference."""
-        return copy.deepcopy(self).requires_grad_(False).eval()
-
-
-def _after_first(x: Tensor) -> Tensor:
-    """`[B, L-1]` values of tokens 1.. as `[B, L]`, with 0 for the first token."""
-    return nn.functional.pad(x, (1, 0))

@@ -20,6 +20,7 @@ LAYERS = (
         "_rows",
         "_reward_modules",
         "models",
+        "policy",
         "scalar_models",
         "actor_critic",
         "scratch",

@@ -16,7 +16,8 @@ from transformers import (
 
 from rlhf_fast.actor_critic import ActorCritic
 from rlhf_fast.data import Rollout
-from rlhf_fast.models import Policy, disable_dropout
+from rlhf_fast.models import disable_dropout
+from rlhf_fast.policy import Policy
 from rlhf_fast.scalar_models import RewardModel, ScalarModel
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
 

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from rlhf_fast.data import Rollout
-from rlhf_fast.models import Policy
+from rlhf_fast.policy import Policy
 from rlhf_fast.rollout import HFEngine, Sampling
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
 

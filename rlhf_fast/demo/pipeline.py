@@ -19,7 +19,7 @@ from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data import encode_prompt
 from rlhf_fast.demo import cafe
 from rlhf_fast.demo.plots import plot
-from rlhf_fast.models import Policy
+from rlhf_fast.policy import Policy
 from rlhf_fast.rollout import HFEngine, Sampling
 from rlhf_fast.scalar_models import RewardModel
 from rlhf_fast.scratch import tiny_llama, train_tokenizer

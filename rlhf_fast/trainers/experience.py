@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import Experience, Rollout
-from rlhf_fast.models import Policy, evaluating
+from rlhf_fast.models import evaluating
 from rlhf_fast.ops import gae, masked_var, masked_whiten, ppo_advantages
+from rlhf_fast.policy import Policy
 
 
 @torch.no_grad()

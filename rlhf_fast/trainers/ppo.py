@@ -18,7 +18,6 @@ from rlhf_fast.config import ConfigError, PPOConfig, checked
 from rlhf_fast.data import Rollout, batch_indices, check_length, encode_prompt
 from rlhf_fast.loading import DataError, Prompt, load_prompts
 from rlhf_fast.models import (
-    Policy,
     check_vocabulary,
     context_length,
     load_causal_lm,
@@ -26,6 +25,7 @@ from rlhf_fast.models import (
     require_trainable,
     vocabulary_size,
 )
+from rlhf_fast.policy import Policy
 from rlhf_fast.rollout import HFEngine, RolloutEngine, Sampling
 from rlhf_fast.scalar_models import RewardModel, ScalarModel
 from rlhf_fast.trainers import checkpoint

@@ -15,7 +15,6 @@ from rlhf_fast.config import SFTConfig, checked
 from rlhf_fast.data import TokenBatch, check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Example, load_examples
 from rlhf_fast.models import (
-    Policy,
     check_vocabulary,
     context_length,
     evaluating,
@@ -23,6 +22,7 @@ from rlhf_fast.models import (
     load_tokenizer,
     require_trainable,
 )
+from rlhf_fast.policy import Policy
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.run import Metrics, Run, count_steps, pieces_of
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import Experience
-from rlhf_fast.models import Policy
 from rlhf_fast.ops import policy_loss, value_loss
+from rlhf_fast.policy import Policy
 from rlhf_fast.trainers.run import Metrics, Run
 
 
