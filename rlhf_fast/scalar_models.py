@@ -71,7 +71,7 @@ class RewardModel(ScalarModel):
     """A scalar for a prompt and its completion, read at the last real token.
 
     The head starts from N(0, 1 / (D + 1)) (2019). `gain` and `bias` normalise the scores; see
-    `trainers.reward_model.normalize`.
+    `RewardTrainer.normalize`.
 
     Args:
         model: As `ScalarModel`.
