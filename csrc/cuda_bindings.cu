@@ -14,6 +14,37 @@ void gae_backward_cuda(uint64_t grad_advantages, int64_t grad_advantages_stride,
                        int64_t mask_stride, uint64_t gamma, uint64_t lam, uint64_t cu_seqlens,
                        uint64_t grad_rewards, uint64_t grad_values, uint64_t grad_bootstrap,
                        int64_t sequences, int64_t length, bool fp64, int device, uint64_t stream);
+void token_logprobs_forward_cuda(uint64_t logits, int64_t inner, int64_t outer_stride,
+                                 int64_t inner_stride, int dtype, uint64_t tokens,
+                                 uint64_t row_temperature, double temperature, double softcap,
+                                 double logit_scale, int64_t ignore_index, int64_t first_column,
+                                 uint64_t carry, uint64_t logprobs, uint64_t entropy,
+                                 uint64_t stats, int64_t rows, int64_t columns, int device,
+                                 uint64_t stream);
+void token_logprobs_backward_cuda(uint64_t logits, int64_t inner, int64_t outer_stride,
+                                  int64_t inner_stride, int dtype, uint64_t tokens, uint64_t stats,
+                                  uint64_t grad_logprobs, uint64_t grad_entropy,
+                                  uint64_t row_temperature, double temperature, double softcap,
+                                  double logit_scale, int64_t ignore_index, int64_t first_column,
+                                  uint64_t index, uint64_t out, int64_t out_inner,
+                                  int64_t out_outer_stride, int64_t out_inner_stride, int out_dtype,
+                                  int64_t rows, int64_t columns, int device, uint64_t stream);
+void full_kl_forward_cuda(uint64_t logits, int64_t inner, int64_t outer_stride,
+                          int64_t inner_stride, uint64_t ref_logits, int64_t ref_inner,
+                          int64_t ref_outer_stride, int64_t ref_inner_stride, int dtype,
+                          uint64_t row_temperature, double temperature, double softcap,
+                          double logit_scale, uint64_t carry, uint64_t kl, uint64_t stats,
+                          int64_t rows, int64_t columns, int device, uint64_t stream);
+void full_kl_backward_cuda(uint64_t logits, int64_t inner, int64_t outer_stride,
+                           int64_t inner_stride, uint64_t ref_logits, int64_t ref_inner,
+                           int64_t ref_outer_stride, int64_t ref_inner_stride, int dtype,
+                           uint64_t stats, uint64_t grad_kl, uint64_t row_temperature,
+                           double temperature, double softcap, double logit_scale, uint64_t index,
+                           uint64_t out, int64_t out_inner, int64_t out_outer_stride,
+                           int64_t out_inner_stride, uint64_t ref_out, int64_t ref_out_inner,
+                           int64_t ref_out_outer_stride, int64_t ref_out_inner_stride,
+                           int out_dtype, int64_t rows, int64_t columns, int device,
+                           uint64_t stream);
 }  // namespace rlhf
 
 PYBIND11_MODULE(_cuda, m) {
@@ -22,4 +53,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = RLHF_CUDA_ARCHITECTURES;
   m.def("gae_forward", &rlhf::gae_forward_cuda, Unlocked());
   m.def("gae_backward", &rlhf::gae_backward_cuda, Unlocked());
+  m.def("token_logprobs_forward", &rlhf::token_logprobs_forward_cuda, Unlocked());
+  m.def("token_logprobs_backward", &rlhf::token_logprobs_backward_cuda, Unlocked());
+  m.def("full_kl_forward", &rlhf::full_kl_forward_cuda, Unlocked());
+  m.def("full_kl_backward", &rlhf::full_kl_backward_cuda, Unlocked());
 }

@@ -4,12 +4,7 @@
 // (last token first in the forward pass): each thread composes its tokens' affine maps, a warp
 // scans its threads' maps by shuffles, and the carry goes through the warps' maps in order. The
 // chunk size follows from shapes alone and nothing is atomic, so results are deterministic.
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
+#include "launch.cuh"
 
 namespace rlhf {
 namespace {
@@ -126,47 +121,16 @@ __global__ void gae_kernel(Tensors<F> a) {
   if (!kForward && threadIdx.x == 0) a.out_bootstrap[sequence] = gamma * carry;
 }
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("gae: ") + what + ": " + cudaGetErrorString(status) +
-                             "; _cuda holds code for " RLHF_CUDA_ARCHITECTURES
-                             ", other GPUs need backend=\"triton\" or \"reference\"");
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "reading the current device");
-    if (previous_ != device) check(cudaSetDevice(device), "selecting the tensors' device");
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
-
 template <typename F, bool kForward>
-void launch(const Tensors<F>& tensors, int64_t sequences, int device, uint64_t stream) {
+void launch_gae(const Tensors<F>& tensors, int64_t sequences, int device, uint64_t stream) {
   if (sequences == 0) return;
-  if (sequences > INT32_MAX)
-    throw std::invalid_argument("gae: " + std::to_string(sequences) +
-                                " sequences exceed the GPU's grid; pass fewer at a time");
   const int64_t wanted = tensors.offsets != nullptr ? int64_t(kPackedThreads)
                                                     : (tensors.length + kItems - 1) / kItems;
   const int64_t whole_warps = (wanted + kWarp - 1) / kWarp * kWarp;
   const int threads =
       static_cast<int>(std::clamp<int64_t>(whole_warps, kWarp, kMaxThreads));
-  const DeviceGuard guard(device);
-  gae_kernel<F, kForward><<<static_cast<unsigned>(sequences), threads, 0,
-                            reinterpret_cast<cudaStream_t>(stream)>>>(tensors);
-  check(cudaGetLastError(), "launching the kernel");
-}
-
-template <typename T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(address);
+  const DeviceGuard guard(device, "gae");
+  launch("gae", gae_kernel<F, kForward>, sequences, threads, 1, stream, tensors);
 }
 
 template <typename F>
@@ -199,9 +163,10 @@ void gae_forward_cuda(uint64_t rewards, int64_t rewards_stride, uint64_t values,
                       uint64_t stream) {
   auto run = [&](auto zero) {
     using F = decltype(zero);
-    launch<F, true>(tensors<F>(rewards, rewards_stride, values, values_stride, mask, mask_stride,
-                               gamma, lam, bootstrap, cu_seqlens, advantages, returns, 0, length),
-                    sequences, device, stream);
+    launch_gae<F, true>(
+        tensors<F>(rewards, rewards_stride, values, values_stride, mask, mask_stride, gamma, lam,
+                   bootstrap, cu_seqlens, advantages, returns, 0, length),
+        sequences, device, stream);
   };
   fp64 ? run(double{}) : run(float{});
 }
@@ -213,7 +178,7 @@ void gae_backward_cuda(uint64_t grad_advantages, int64_t grad_advantages_stride,
                        int64_t sequences, int64_t length, bool fp64, int device, uint64_t stream) {
   auto run = [&](auto zero) {
     using F = decltype(zero);
-    launch<F, false>(
+    launch_gae<F, false>(
         tensors<F>(grad_advantages, grad_advantages_stride, grad_returns, grad_returns_stride,
                    mask, mask_stride, gamma, lam, 0, cu_seqlens, grad_rewards, grad_values,
                    grad_bootstrap, length),

@@ -18,19 +18,27 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_fast import compiled
+from rlhf_fast.compiled import full_kl as compiled_full_kl
 from rlhf_fast.compiled import gae as compiled_gae
+from rlhf_fast.compiled import token_logprobs as compiled_token_logprobs
 
 BACKENDS = ("cuda", "triton", "cpp")
 
 TRITON_MISSING: str | None = None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+triton_full_kl: Any = None
 triton_gae: Any = None
+triton_token_logprobs: Any = None
 if find_spec("triton") is None:
     TRITON_MISSING = "triton is not installed; `pip install rlhf-fast[triton]` on Linux brings it"
 else:
+    from rlhf_fast.kernels import full_kl as triton_full_kl
     from rlhf_fast.kernels import gae as triton_gae
+    from rlhf_fast.kernels import token_logprobs as triton_token_logprobs
 
 _FP32_64 = (torch.float32, torch.float64)
+_UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
+_ANY = (*_UP_TO_FP32, torch.float64)
 
 
 class BackendUnavailable(RuntimeError):
@@ -80,10 +88,28 @@ def _triton(module: Any, dtypes: tuple[torch.dtype, ...], verified: str | None =
 
 
 TABLE: dict[str, dict[str, Impl]] = {
-    "token_logprobs": {},
-    "linear_logprobs": {},
-    "full_kl": {},
-    "linear_kl": {},
+    "token_logprobs": {
+        "cuda": _cuda(compiled_token_logprobs, _UP_TO_FP32),
+        "triton": _triton(triton_token_logprobs, _UP_TO_FP32),
+        "cpp": _cpp(compiled_token_logprobs, _ANY),
+    },
+    # The linear ops multiply with torch and fold tiles of logits, in the dtype of the statistics,
+    # with the kernels of the ops above.
+    "linear_logprobs": {
+        "cuda": _cuda(compiled_token_logprobs, (torch.float32,)),
+        "triton": _triton(triton_token_logprobs, (torch.float32,)),
+        "cpp": _cpp(compiled_token_logprobs, _FP32_64),
+    },
+    "full_kl": {
+        "cuda": _cuda(compiled_full_kl, _UP_TO_FP32),
+        "triton": _triton(triton_full_kl, _UP_TO_FP32),
+        "cpp": _cpp(compiled_full_kl, _ANY),
+    },
+    "linear_kl": {
+        "cuda": _cuda(compiled_full_kl, (torch.float32,)),
+        "triton": _triton(triton_full_kl, (torch.float32,)),
+        "cpp": _cpp(compiled_full_kl, _FP32_64),
+    },
     "kl_estimate": {},
     "gae": {
         "cuda": _cuda(compiled_gae, _FP32_64),

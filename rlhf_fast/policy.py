@@ -91,16 +91,15 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         weight, bias = self._head()
         index = torch.where(targets, tokens, IGNORED)[:, 1:]
-        with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, entropy = linear_logprobs(
-                hidden[:, :-1].flatten(0, 1),
-                weight.to(hidden.dtype),
-                index.flatten(),
-                bias=None if bias is None else bias.to(hidden.dtype),
-                temperature=temperature,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-            )
+        logprobs, entropy = linear_logprobs(
+            hidden[:, :-1].flatten(0, 1),
+            weight,
+            index.flatten(),
+            bias=bias,
+            temperature=temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
         return _after_first(logprobs.view(index.shape)), _after_first(entropy.view(index.shape))
 
     def _logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -164,18 +163,17 @@ class Policy(nn.Module):
             with torch.no_grad():
                 ref_hidden = hidden_states(ref.model, tokens, mask)[:, :-1][where]
             (weight, bias), (ref_weight, ref_bias) = self._head(), ref._head()
-            with torch.autocast(hidden.device.type, enabled=False):
-                kl = linear_kl(
-                    hidden[:, :-1][where],
-                    weight.to(hidden.dtype),
-                    ref_hidden,
-                    ref_weight.to(ref_hidden.dtype),
-                    bias=None if bias is None else bias.to(hidden.dtype),
-                    ref_bias=None if ref_bias is None else ref_bias.to(ref_hidden.dtype),
-                    temperature=temperature,
-                    softcap=self.head_options.softcap,
-                    logit_scale=self.head_options.logit_scale,
-                )
+            kl = linear_kl(
+                hidden[:, :-1][where],
+                weight,
+                ref_hidden,
+                ref_weight,
+                bias=bias,
+                ref_bias=ref_bias,
+                temperature=temperature,
+                softcap=self.head_options.softcap,
+                logit_scale=self.head_options.logit_scale,
+            )
         return _after_first(kl.new_zeros(where.shape).masked_scatter(where, kl))
 
     def frozen_copy(self) -> Policy:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,18 +21,27 @@ class Case(NamedTuple):
     device: str
 
 
-def cases(op: str, *, reference: bool = True, interpreter: bool = True) -> list:
+def cases(
+    op: str,
+    *,
+    reference: bool = True,
+    interpreter: bool = True,
+    dtype: torch.dtype | None = None,
+) -> list:
     """`pytest.param`s of `Case`, one per way to run `op`; what cannot run here skips, visibly.
 
     Args:
         op: A name of `backends.TABLE`.
         reference: Include the PyTorch reference.
         interpreter: Include Triton's interpreter, which is too slow for long inputs.
+        dtype: Leave out backends that do not compute in this dtype.
     """
     params = []
     if reference:
         params.append(pytest.param(Case("reference", "cpu"), id="reference"))
     for name, impl in backends.TABLE[op].items():
+        if dtype is not None and dtype not in impl.dtypes:
+            continue
         if name == "cpp":
             skip = pytest.mark.skipif(impl.missing is not None, reason=str(impl.missing))
             params.append(pytest.param(Case(name, "cpu"), marks=skip, id=name))
@@ -63,3 +73,34 @@ def count_launches(monkeypatch: pytest.MonkeyPatch, op: str, backend: str) -> Co
     counted = impl._replace(forward=counting("forward"), backward=counting("backward"))
     monkeypatch.setitem(backends.TABLE[op], backend, counted)
     return launches
+
+
+def calls(
+    op: str, function: Callable[..., Any], case: Case, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Any]]:
+    """A fixture's generator: `function` through one backend, arguments moved to its device.
+
+    Results are brought back to the CPU. At the end the backend's launcher must have run.
+    """
+    counts = None
+    if case.backend != "reference":
+        counts = count_launches(monkeypatch, op, case.backend)
+
+    def call(*args: Any, **options: Any) -> Any:
+        args = tuple(to_device(x, case.device) for x in args)
+        options = {name: to_device(x, case.device) for name, x in options.items()}
+        result = function(*args, backend=case.backend, **options)
+        return result.cpu() if isinstance(result, torch.Tensor) else tuple(x.cpu() for x in result)
+
+    call.case = case  # type: ignore[attr-defined]
+    yield call
+    assert counts is None or counts["forward"] > 0, f"{case.backend} was never launched"
+
+
+def to_device(x: Any, device: str) -> Any:
+    """`x` on `device`, a view still as a view with the same strides; no tensor: `x` itself."""
+    if not isinstance(x, torch.Tensor) or x.device.type == device:
+        return x
+    if x._base is None:
+        return x.to(device)
+    return x._base.to(device).as_strided(x.shape, x.stride(), x.storage_offset())

@@ -39,6 +39,12 @@ def _threads():
 
 
 @pytest.fixture(autouse=True)
+def _seed():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _nan_in_fresh_memory():
     """Deterministic mode fills `torch.empty` with NaN: an element nobody wrote shows up."""
     torch.use_deterministic_algorithms(True, warn_only=True)

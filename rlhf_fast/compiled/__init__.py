@@ -6,10 +6,16 @@ pointers, sizes and strides, and register the result with `torch.library`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
+_HUGE = 1 << 22
+"""Bytes from which a buffer holds whole huge pages wherever it starts."""
 _REBUILD = "then reinstall: `pip install .` in a checkout, or `pip install -e .` while developing"
 
 
@@ -25,3 +31,15 @@ def _load(name: str, needs: str) -> tuple[ModuleType | None, str | None]:
 
 C, C_MISSING = _load("_C", "a C++17 compiler with OpenMP (g++ or clang)")
 CUDA, CUDA_MISSING = _load("_cuda", "the CUDA toolkit (nvcc on the PATH) and a C++17 compiler")
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised contiguous tensor for a kernel to fill, in huge pages where it is large.
+
+    On a CPU the first touch of 4 KiB pages takes longer than computing what goes there.
+    """
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if C is not None and out.device.type == "cpu" and not torch.compiler.is_compiling():
+        if type(out) is Tensor and out.nbytes >= _HUGE:
+            C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out

@@ -12,20 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import compiled
-
-_LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
-_LIBRARY.define(
-    "gae_forward(Tensor rewards, Tensor values, Tensor? mask, Tensor gamma, Tensor lam, "
-    "Tensor? bootstrap, Tensor? cu_seqlens) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "gae_backward(Tensor grad_advantages, Tensor grad_returns, Tensor? mask, Tensor gamma, "
-    "Tensor lam, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)"
-)
-
-forward = torch.ops.rlhf_fast.gae_forward.default
-backward = torch.ops.rlhf_fast.gae_backward.default
+from rlhf_fast.compiled._rows import address, contiguous, module, register, runner
 
 
 def _forward(
@@ -38,15 +25,15 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rewards, values, mask = map(_unit_stride, (rewards, values, mask))
-    gamma, lam, bootstrap, cu_seqlens = map(_contiguous, (gamma, lam, bootstrap, cu_seqlens))
+    gamma, lam, bootstrap, cu_seqlens = map(contiguous, (gamma, lam, bootstrap, cu_seqlens))
     advantages, returns = _outputs(rewards, cu_seqlens)
-    _module(rewards).gae_forward(
+    module(rewards).gae_forward(
         *_rows(rewards),
         *_rows(values),
         *_rows(mask),
-        *map(_address, (gamma, lam, bootstrap, cu_seqlens, advantages, returns)),
+        *map(address, (gamma, lam, bootstrap, cu_seqlens, advantages, returns)),
         *_sizes(rewards, gamma),
-        *_runner(rewards),
+        *runner(rewards),
     )
     return advantages, returns
 
@@ -60,16 +47,16 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_advantages, grad_returns, mask = map(_unit_stride, (grad_advantages, grad_returns, mask))
-    gamma, lam, cu_seqlens = map(_contiguous, (gamma, lam, cu_seqlens))
+    gamma, lam, cu_seqlens = map(contiguous, (gamma, lam, cu_seqlens))
     grad_rewards, grad_values = _outputs(grad_advantages, cu_seqlens)
     grad_bootstrap = torch.empty_like(gamma)
-    _module(gamma).gae_backward(
+    module(gamma).gae_backward(
         *_rows(grad_advantages),
         *_rows(grad_returns),
         *_rows(mask),
-        *map(_address, (gamma, lam, cu_seqlens, grad_rewards, grad_values, grad_bootstrap)),
+        *map(address, (gamma, lam, cu_seqlens, grad_rewards, grad_values, grad_bootstrap)),
         *_sizes(grad_advantages, gamma),
-        *_runner(gamma),
+        *runner(gamma),
     )
     return grad_rewards, grad_values, grad_bootstrap
 
@@ -79,24 +66,12 @@ def _unit_stride(x: Any) -> Any:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _contiguous(x: Any) -> Any:
-    return None if x is None else x.contiguous()
-
-
 def _outputs(like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two contiguous outputs; zeroed where a malformed `cu_seqlens` could leave tokens out."""
     unread = cu_seqlens is not None and like.device.type != "cpu"
     allocate = torch.zeros if unread else torch.empty
     first, second = (allocate(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     return first, second
-
-
-def _module(x: Tensor) -> Any:
-    return compiled.C if x.device.type == "cpu" else compiled.CUDA
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _rows(x: Tensor | None) -> tuple[int, int]:
@@ -109,13 +84,6 @@ def _sizes(x: Tensor, gamma: Tensor) -> tuple[int, int, bool]:
     return gamma.numel(), x.shape[-1], x.dtype == torch.float64
 
 
-def _runner(x: Tensor) -> tuple[int, ...]:
-    """Where to run: (threads,) on a CPU, (device, stream) on a GPU."""
-    if x.device.type == "cpu":
-        return (torch.get_num_threads(),)
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-
-
 def _fake_forward(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(rewards, None)
 
@@ -126,9 +94,17 @@ def _fake_backward(
     return *_outputs(grad_advantages, None), torch.empty_like(gamma)
 
 
-for _key, _extension in (("CPU", compiled.C), ("CUDA", compiled.CUDA)):
-    if _extension is not None:
-        _LIBRARY.impl("gae_forward", _forward, _key)
-        _LIBRARY.impl("gae_backward", _backward, _key)
-torch.library.register_fake("rlhf_fast::gae_forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("rlhf_fast::gae_backward", _fake_backward, lib=_LIBRARY)
+forward = register(
+    "gae_forward",
+    "(Tensor rewards, Tensor values, Tensor? mask, Tensor gamma, Tensor lam, Tensor? bootstrap, "
+    "Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+backward = register(
+    "gae_backward",
+    "(Tensor grad_advantages, Tensor grad_returns, Tensor? mask, Tensor gamma, Tensor lam, "
+    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

@@ -3,6 +3,8 @@
 The name of an op fixes its mathematics, `backend` only who computes it.
 """
 
+from rlhf_fast.ops._plan import LinearPlan, plan_linear_logprobs
+from rlhf_fast.ops._products import ProductCount, count_products
 from rlhf_fast.ops.full_kl import full_kl
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.group_advantages import group_advantages
@@ -20,6 +22,9 @@ from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.value_loss import value_loss
 
 __all__ = [
+    "LinearPlan",
+    "ProductCount",
+    "count_products",
     "full_kl",
     "gae",
     "group_advantages",
@@ -31,6 +36,7 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "pairwise_loss",
+    "plan_linear_logprobs",
     "policy_loss",
     "ppo_advantages",
     "ranking_loss",

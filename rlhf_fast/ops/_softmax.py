@@ -1,14 +1,17 @@
-"""Row softmax maths shared by the log-prob and KL ops: scaling, statistics, argument checks.
+"""Row softmax maths of the log-prob and KL ops: scaling, statistics, argument checks.
 
-Every sum leaves the row's largest logit out. With `S = sum exp(z_j - z_max)` over the *others*,
-the normaliser is `z_max + log1p(S)`: `S` keeps the bits of a confident row that `1 + S` would round
-away.
+A raw logit l becomes z = y / temperature with y = logit_scale * l, or softcap * tanh(y / softcap).
+Every sum leaves one largest element of its row out. With S = sum exp(z_j - z_max) over the
+*others*, the normaliser is z_max + log1p(S): S keeps the bits of a confident row that 1 + S would
+round away. The maximum is subtracted before the temperature divides, so that a common offset of the
+logits costs no bit.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,64 +20,113 @@ from torch import Tensor
 from rlhf_fast.ops._checks import floating, require
 
 
-class RowStatistics(NamedTuple):
-    """Softmax statistics of rows of logits; each field has the rows' shape with a last dim of 1."""
+class Scaling(NamedTuple):
+    """What turns raw logits into z, in the order in which every launcher takes it."""
+
+    row_temperature: Tensor | None
+    """[N] in the statistics' dtype, or None for one temperature."""
+    temperature: float
+    softcap: float
+    """0.0 stands for none."""
+    logit_scale: float
+
+    def capped(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """y of raw logits, in `dtype`; may alias them."""
+        y = logits.to(dtype)
+        if self.logit_scale != 1.0:
+            y = y * self.logit_scale
+        return (y / self.softcap).tanh() * self.softcap if self.softcap else y
+
+    def divide(self, gaps: Tensor) -> Tensor:
+        """`gaps / temperature`, for gaps `[N]` or `[N, w]` of y."""
+        if self.row_temperature is None:
+            return gaps if self.temperature == 1.0 else gaps / self.temperature
+        return gaps / self.row_temperature.view(-1, *[1] * (gaps.ndim - 1))
+
+    def slope(self, logits: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """dz / dl at raw logits `[N]` or `[N, w]`, times the temperature."""
+        if not self.softcap:
+            return self.logit_scale
+        # 1 / cosh^2 is 1 - tanh^2 without the cancellation of a saturated tanh.
+        x = logits.to(dtype) * (self.logit_scale / self.softcap)
+        return self.logit_scale / x.cosh_().square_()
+
+    def rows(self, index: Tensor | slice) -> Scaling:
+        """The scaling of some of the rows."""
+        if self.row_temperature is None:
+            return self
+        return self._replace(row_temperature=self.row_temperature[index])
+
+
+def make_scaling(
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Scaling:
+    """The public options as launchers take them, for rows of shape `rows`."""
+    if torch.compiler.is_compiling() and not isinstance(temperature, Tensor) and temperature != 1.0:
+        # An opaque op binds a graph to the floats that it is given, not to tensors.
+        temperature = torch.full((1,) * len(rows), temperature, dtype=dtype, device=device)
+    options = (softcap or 0.0, float(logit_scale))
+    if isinstance(temperature, Tensor):
+        return Scaling(temperature.to(dtype).expand(rows).reshape(-1), 1.0, *options)
+    return Scaling(None, float(temperature), *options)
+
+
+class RowSums(NamedTuple):
+    """Sums over the columns seen so far, each [N]; `top` is -inf while nothing is possible."""
 
     top: Tensor
-    """The largest logit."""
+    """Largest y."""
     others: Tensor
-    """Sum of `exp(z - top)` over all but one largest logit."""
-    mean_gap: Tensor
-    """Expectation of `z - top` under the softmax; <= 0."""
+    """Sum of e^gap over all but one largest element, gap = (y - top) / temperature."""
+    weighted: Tensor
+    """Sum of e^gap * gap, <= 0."""
 
-    @property
     def log_normalizer(self) -> Tensor:
-        """logsumexp of the row, less `top`."""
+        """logsumexp of z, less that of the largest element alone."""
         return self.others.log1p()
 
 
-def scaled_logits(
-    logits: Tensor, temperature: float | Tensor, softcap: float | None, dtype: torch.dtype
-) -> Tensor:
-    """`softcap * tanh(logits / softcap) / temperature` in `dtype`; may alias `logits`.
-
-    A tensor `temperature` has one entry per row and broadcasts against `logits[..., 0]`.
-    """
-    z = logits.to(dtype)
-    if softcap is not None:
-        z = (z / softcap).tanh_() * softcap
-    if isinstance(temperature, Tensor):
-        return z / temperature.to(dtype).unsqueeze(-1)
-    return z if temperature == 1.0 else z / temperature
+def pivot(top: Tensor) -> Tensor:
+    """`top`, or 0 where it is -inf, so that -inf - pivot is -inf and not NaN."""
+    return torch.where(top == -math.inf, 0.0, top)
 
 
-def unscale_gradient(
-    grad: Tensor, logits: Tensor, temperature: float | Tensor, softcap: float | None
-) -> Tensor:
-    """Turns the gradient of `scaled_logits(logits, ...)`, overwritten, into that of `logits`."""
-    if isinstance(temperature, Tensor):
-        grad = grad.div_(temperature.to(grad.dtype).unsqueeze(-1))
-    elif temperature != 1.0:
-        grad = grad.div_(temperature)
-    if softcap is not None:
-        # 1 / cosh^2 is 1 - tanh^2 without the cancellation of a saturated tanh.
-        grad = grad.div_((logits.to(grad.dtype) / softcap).cosh_().square_())
-    return grad.to(logits.dtype)
+def gaps_below(y: Tensor, top: Tensor, scaling: Scaling) -> Tensor:
+    """(y - top) / temperature of y `[N, w]`, finite: so that 0 * gap is 0 and not NaN."""
+    gaps = scaling.divide(y - pivot(top).unsqueeze(-1))
+    return gaps.clamp_(min=torch.finfo(y.dtype).min)
 
 
-def gaps_below(z: Tensor, top: Tensor) -> Tensor:
-    """`z - top`, finite: a gap of -inf becomes the lowest number, so that 0 * gap is 0, not NaN."""
-    return (z - top).clamp_(min=torch.finfo(z.dtype).min)
+def row_sums(y: Tensor, scaling: Scaling) -> RowSums:
+    """The sums of y `[N, w]`, w > 0."""
+    top, peak = y.max(dim=-1)
+    gaps = gaps_below(y, top, scaling)
+    weights = gaps.exp().scatter_(-1, peak.unsqueeze(-1), 0.0)
+    return RowSums(top, weights.sum(dim=-1), weights.mul_(gaps).sum(dim=-1))
 
 
-def row_statistics(z: Tensor) -> RowStatistics:
-    """Softmax statistics over the last dim of `z[..., V]`; NaN for a row that is all -inf."""
-    top, peak = z.max(dim=-1, keepdim=True)
-    gaps = gaps_below(z, top)
-    weights = gaps.exp().scatter_(-1, peak, 0.0)
-    others = weights.sum(dim=-1, keepdim=True)
-    mean_gap = weights.mul_(gaps).sum(dim=-1, keepdim=True) / (1.0 + others)
-    return RowStatistics(top, others, mean_gap)
+def merge_sums(first: RowSums, second: RowSums, scaling: Scaling) -> RowSums:
+    """The sums of two runs of columns together."""
+    swap = second.top > first.top
+    high, low = (
+        RowSums(*(torch.where(swap, b, a) for a, b in zip(*pair, strict=True)))
+        for pair in ((first, second), (second, first))
+    )
+    d = scaling.divide(low.top - pivot(high.top))
+    w = d.exp()
+    others = high.others + w * (1.0 + low.others)
+    weighted = high.weighted + w * (low.weighted + d * (1.0 + low.others))
+    nothing = d == -math.inf
+    return RowSums(
+        high.top,
+        torch.where(nothing, high.others, others),
+        torch.where(nothing, high.weighted, weighted),
+    )
 
 
 def exp_excess(u: Tensor) -> Tensor:
@@ -107,18 +159,14 @@ def check_scaling(
     logit_scale: float = 1.0,
 ) -> None:
     """Raises unless the options that turn logits into z are usable for rows of shape `rows`."""
-    require(
-        softcap is None or 0.0 < softcap < math.inf,
-        f"{op}: softcap={softcap}; expected None or a finite number > 0",
-    )
-    require(
-        math.isfinite(logit_scale), f"{op}: logit_scale={logit_scale}; expected a finite number"
-    )
+    # Messages are made only when needed: under torch.compile a number that varies has no text.
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap={softcap}; expected None or a finite number > 0")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"{op}: logit_scale={logit_scale}; expected a finite number")
     if not isinstance(temperature, Tensor):
-        require(
-            0.0 < temperature < math.inf,
-            f"{op}: temperature={temperature}; expected a finite number > 0",
-        )
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"{op}: temperature={temperature}; expected a finite number > 0")
         return
     floating(op, temperature=temperature)
     shape = list(temperature.shape)

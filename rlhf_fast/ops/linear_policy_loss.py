@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import resolve
 from rlhf_fast.ops._checks import require, same_shape
-from rlhf_fast.ops._chunks import check_head, check_row_tokens
+from rlhf_fast.ops._linear_checks import check_head, check_row_tokens
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.policy_loss import policy_loss
 
@@ -60,7 +59,7 @@ def linear_policy_loss(
         bias: see `linear_logprobs`, as for the options after it up to `memory_budget`.
         cu_seqlens: `[B + 1]` int32 offsets of the sequences, from 0 to N; None where nothing in the
             loss works by sequence.
-        backend: the implementation to use, here and in both parts; None takes the first that fits.
+        backend: the implementation of `linear_logprobs` to use; None takes the first that fits.
 
     Returns:
         `(loss, metrics)` of `policy_loss`; the loss is differentiable, once, in `hidden`, `weight`
@@ -84,7 +83,8 @@ def linear_policy_loss(
         same_shape(op, tokens=tokens, advantages=advantages, importance_weights=importance_weights)
         cu_seqlens = torch.zeros(2, dtype=torch.int32, device=tokens.device)
         cu_seqlens[1:] = tokens.shape[0]
-    resolve(op, hidden.device, backend, hidden.dtype)
+    # A kernel is named for the log-probs, the larger part; the loss takes what there is.
+    loss_backend = backend if backend == "reference" else None
     counts = (mask != 0) & (tokens != ignore_index)
     logprobs, entropy = linear_logprobs(
         hidden,
@@ -96,6 +96,7 @@ def linear_policy_loss(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         memory_budget=memory_budget,
+        entropy_grad=entropy_coef != 0.0,
         backend=backend,
     )
     return policy_loss(
@@ -117,5 +118,5 @@ def linear_policy_loss(
         kl_coef=kl_coef,
         kl_kind=kl_kind,
         cu_seqlens=cu_seqlens,
-        backend=backend,
+        backend=loss_backend,
     )

@@ -1,176 +1,366 @@
+"""linear_kl: hand-computed numbers, and every route on every backend against the formula."""
+
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from largest_tensor import LargestTensor
+from backend_cases import calls, cases
+from linear_cases import BUDGETS, Watch, small_tiles, transparent
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_fast.ops import _chunks
-from rlhf_fast.ops.full_kl import full_kl
-from rlhf_fast.ops.linear_kl import linear_kl
+from rlhf_fast.ops import _kl_tiles, _linear, count_products
+from rlhf_fast.ops.linear_kl import linear_kl, linear_kl_reference
 
-BUDGETS = [0, 4000, 10**12, None]
+OP = "linear_kl"
+# Which are trained: the policy's hidden states, weight and bias, and the reference's.
+TRAINED = [(1, 1, 1, 0, 0, 0), (1, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 1), (0, 0, 0, 1, 0, 1)]
 
 
-def problem(
-    rows: int = 6, vocab: int = 7, dtype: torch.dtype = torch.float64
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """hidden [N, 4], weight, ref_hidden [N, 3], ref_weight; and both biases."""
-    shapes = [(rows, 4), (vocab, 4), (rows, 3), (vocab, 3)]
-    tensors = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
-    biases = {name: torch.randn(vocab).to(dtype).requires_grad_() for name in ("bias", "ref_bias")}
-    return tensors, biases
+@pytest.fixture(params=cases(OP))
+def run(request, monkeypatch):
+    """`linear_kl` through one backend."""
+    yield from calls(OP, linear_kl, request.param, monkeypatch)
+
+
+@pytest.fixture(params=cases(OP, interpreter=False))
+def run_long(request, monkeypatch):
+    """As `run`, without what takes long."""
+    yield from calls(OP, linear_kl, request.param, monkeypatch)
+
+
+@pytest.fixture(params=cases(OP, dtype=torch.float64))
+def run64(request, monkeypatch):
+    """As `run`, where fp64 is computed."""
+    yield from calls(OP, linear_kl, request.param, monkeypatch)
 
 
 @pytest.fixture
-def three_rows_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_chunks, "TILE_ELEMENTS", 3 * 7 + 1)
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
 
 
-def test_two_token_heads_by_hand() -> None:
+def problem(rows: int = 8, vocab: int = 11, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """hidden [N, 4], weight, bias, and ref_hidden [N, 3], ref_weight, ref_bias."""
+    shapes = [(rows, 4), (vocab, 4), (vocab,), (rows, 3), (vocab, 3), (vocab,)]
+    return [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+
+
+def of(function: Any, inputs: Any, **options: Any) -> Tensor:
+    """`function` of six tensors in the order of `problem`."""
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = inputs
+    biases = {"bias": bias, "ref_bias": ref_bias}
+    return function(hidden, weight, ref_hidden, ref_weight, **biases, **options)
+
+
+def test_two_token_heads_by_hand(run) -> None:
     eye = torch.eye(2)
-    kl = linear_kl(torch.tensor([[math.log(3), 0.0]]), eye, torch.zeros(1, 1), torch.zeros(2, 1))
+    kl = run(torch.tensor([[math.log(3), 0.0]]), eye, torch.zeros(1, 1), torch.zeros(2, 1))
     by_hand = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert kl.tolist() == pytest.approx([by_hand], rel=1e-6)
 
 
-@pytest.mark.usefixtures("three_rows_a_chunk")
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("memory_budget", [0, None])
-@pytest.mark.parametrize("temperature", [0.7, torch.linspace(0.5, 2.0, 6)])
-def test_all_six_tensors_pass_gradcheck(
-    memory_budget: int | None, temperature: float | Tensor
-) -> None:
-    tensors, biases = problem()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_all_six_tensors_pass_gradcheck(run64, memory_budget: int | None, frozen: bool) -> None:
+    inputs = problem()
+    options = {"temperature": torch.linspace(0.5, 2.0, 8), "softcap": 3.0, "logit_scale": -0.5}
+    others = [x.detach() for x in inputs[1:]]
 
-    def op(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, b: Tensor, rb: Tensor) -> Tensor:
-        return linear_kl(
-            h,
-            w,
-            rh,
-            rw,
-            bias=b,
-            ref_bias=rb,
-            temperature=temperature,
-            softcap=3.0,
-            logit_scale=0.5,
+    def op(hidden: Tensor, *rest: Tensor) -> Tensor:
+        return of(run64, (hidden, *(rest or others)), memory_budget=memory_budget, **options)
+
+    assert torch.autograd.gradcheck(op, inputs[:1] if frozen else inputs)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("memory_budget", [0, 200, 800, None])
+@pytest.mark.parametrize("distance", [1.0, 1e-2])
+def test_every_route_agrees_with_the_formula(
+    run, trained: tuple[int, ...], memory_budget: int | None, distance: float
+) -> None:
+    inputs = problem(rows=12, dtype=torch.float32)
+    if distance < 1.0:  # the reference is close to the policy
+        inputs[3:] = [(x + distance * torch.randn_like(x)).detach() for x in inputs[:3]]
+    upstream = torch.randn(12)
+    upstream[4:9] = 0.0  # a whole chunk without an upstream gradient, and more
+    temperature = torch.rand(12) + 0.5
+
+    def results(function: Any, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        tensors = [
+            x.detach().to(dtype).requires_grad_(bool(t))
+            for x, t in zip(inputs, trained, strict=True)
+        ]
+        kl = of(function, tensors, temperature=temperature, **options)
+        leaves = [x for x in tensors if x.requires_grad]
+        return [kl, *torch.autograd.grad((upstream * kl).sum(), leaves)]
+
+    expected = results(linear_kl_reference, torch.float64)
+    got = results(run, torch.float32, memory_budget=memory_budget)
+    for one, other in zip(got, expected, strict=True):
+        scale = other.abs().max().item()
+        # The rounding of logits of about 10 is 1e-6, of log-ratios as small as the distance.
+        assert (one.double() - other).abs().max() <= (1e-5 + 1e-5 / distance) * scale
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(
+    ("trained", "memory_budget", "live", "products"),
+    [
+        ((1, 1, 1), 0, 8, 6),  # 2 + 4 r
+        ((1, 1, 1), 0, 2, 3),
+        ((1, 1, 1), 10**12, 8, 4),  # 2 + 2 r
+        ((1, 1, 1), 10**12, 4, 3),
+        ((1, 0, 0), 0, 8, 5),
+        ((1, 0, 0), 10**12, 8, 3),
+        ((1, 0, 0), 8 * 4 * 4, 8, 4),  # what the forward summed
+        ((1, 0, 0), 8 * 4 * 4, 0, 4),
+        ((0, 0, 0), None, 8, 2),
+    ],
+)
+def test_products_are_those_of_the_plan_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+    trained: tuple[int, ...],
+    memory_budget: int | None,
+    live: int,
+    products: float,
+) -> None:
+    transparent(monkeypatch)
+    policy = [
+        x.detach().requires_grad_(bool(t))
+        for x, t in zip(problem(dtype=torch.float32)[:3], trained, strict=True)
+    ]
+    ref = [x.detach() + 0.5 for x in policy]
+    upstream = (torch.arange(8) < live).float()
+    with count_products() as counted, Watch() as watch:
+        kl = of(linear_kl, [*policy, *ref], memory_budget=memory_budget)
+        if any(trained):
+            (upstream * kl).sum().backward()
+    assert counted.flops == products * 2 * 8 * 4 * 11
+    assert watch.products == counted.calls
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    small_tiles(monkeypatch, 8, 128)
+    transparent(monkeypatch)
+    inputs = problem(64, 1000, torch.bfloat16)
+    inputs = [x.requires_grad_(i == 0 or not frozen) for i, x in enumerate(inputs)]
+    with Watch() as watch:
+        kl = of(linear_kl, inputs, memory_budget=4 * 64 * 8, backend="reference")
+        kl.sum().backward()
+    assert inputs[0].grad is not None
+    # A tile, the statistics stacked, the weight's gradient.
+    assert watch.elements <= max(8 * 128, 1000 * 4)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_bit_depends_on_grad_mode_budget_or_the_run(run_long, frozen: bool) -> None:
+    inputs = problem(rows=20, dtype=torch.bfloat16)
+    inputs = [x.requires_grad_(i == 0 or not frozen) for i, x in enumerate(inputs)]
+    leaves = [x for x in inputs if x.requires_grad]
+    with torch.no_grad():
+        want = of(run_long, inputs)
+    for memory_budget in BUDGETS:
+        grads = []
+        for _ in range(2):
+            got = of(run_long, inputs, memory_budget=memory_budget)
+            assert torch.equal(got, want)
+            loss = (torch.linspace(-1, 2, 20) * got).sum()
+            grads.append(torch.autograd.grad(loss, leaves))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_has_no_divergence_from_itself(run, dtype: torch.dtype) -> None:
+    policy = problem(rows=8, dtype=dtype)[:3]
+    kl = of(run, [*policy, *(x.detach() for x in policy)])
+    assert torch.equal(kl, torch.zeros(8))
+    assert all(g.abs().max() == 0 for g in torch.autograd.grad(kl.sum(), policy))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("memory_budget", [0, 16 * 4, None])
+def test_tokens_ruled_out_before_the_first_slice_ends(run, memory_budget: int | None) -> None:
+    # The head is the identity; the first two slices rule out everything, on one side or both.
+    logits, ref = torch.randn(2, 3, 16)
+    logits[0, :6] = ref[0, :6] = -math.inf
+    logits[1, :6] = -math.inf
+    logits[2, 10:] = ref[2, 12:] = -math.inf
+    bias, ref_bias = logits, ref
+    for row in range(3):
+        hidden = torch.zeros(1, 16, requires_grad=True)
+        eye = torch.eye(16)
+        kl = run(
+            *(hidden, eye, torch.zeros(1, 16), eye),
+            bias=bias[row],
+            ref_bias=ref_bias[row],
             memory_budget=memory_budget,
         )
-
-    assert torch.autograd.gradcheck(op, (*tensors, *biases.values()))
-
-
-@pytest.mark.usefixtures("three_rows_a_chunk")
-@pytest.mark.parametrize("memory_budget", BUDGETS)
-def test_chunks_agree_with_the_whole_logits(memory_budget: int | None) -> None:
-    (hidden, weight, ref_hidden, ref_weight), biases = problem(rows=20)
-    got = linear_kl(hidden, weight, ref_hidden, ref_weight, **biases, memory_budget=memory_budget)
-    want = full_kl(
-        hidden @ weight.T + biases["bias"], ref_hidden @ ref_weight.T + biases["ref_bias"]
-    )
-    torch.testing.assert_close(got, want)
-    upstream = torch.randn(20, dtype=torch.float64)
-    inputs = (hidden, weight, ref_hidden, ref_weight, *biases.values())
-    ours, theirs = (torch.autograd.grad((upstream * kl).sum(), inputs) for kl in (got, want))
-    torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("memory_budget", [0, 10**12])
-def test_no_tensor_is_as_large_as_the_logits(
-    monkeypatch: pytest.MonkeyPatch, memory_budget: int
-) -> None:
-    monkeypatch.setattr(_chunks, "TILE_ELEMENTS", 8 * 97)
-    tensors, biases = problem(64, 97, torch.bfloat16)
-    with LargestTensor() as largest:
-        linear_kl(*tensors, **biases, memory_budget=memory_budget).sum().backward()
-    assert tensors[1].grad is not None
-    assert largest.elements == 8 * 97
-
-
-@pytest.mark.usefixtures("three_rows_a_chunk")
-def test_no_bit_depends_on_grad_mode_or_budget() -> None:
-    tensors, biases = problem(rows=20, dtype=torch.bfloat16)
-    with torch.no_grad():
-        want = linear_kl(*tensors, **biases)
-    grads = []
-    for memory_budget in BUDGETS:
-        got = linear_kl(*tensors, **biases, memory_budget=memory_budget)
-        assert torch.equal(got, want)
-        loss = (torch.linspace(-1, 2, 20) * got).sum()
-        grads.append(torch.autograd.grad(loss, (*tensors, *biases.values())))
-    for other in grads[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_has_no_divergence_from_itself(dtype: torch.dtype) -> None:
-    (hidden, weight, _, _), biases = problem(rows=20, dtype=dtype)
-    bias = biases["bias"]
-    kl = linear_kl(
-        hidden, weight, hidden.detach(), weight.detach(), bias=bias, ref_bias=bias.detach()
-    )
-    assert torch.equal(kl, torch.zeros(20))
-    grads = torch.autograd.grad(kl.sum(), (hidden, weight, bias))
-    assert all(g.abs().max() == 0 for g in grads)
-
-
-@pytest.mark.parametrize(("memory_budget", "recomputed"), [(0, 1), (10**12, 0)])
-def test_a_reference_without_grad_costs_no_backward_products(
-    memory_budget: int, recomputed: int
-) -> None:
-    tensors, _ = problem(rows=30, dtype=torch.float32)
-    tensors[2].requires_grad_(False)
-    tensors[3].requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
-        linear_kl(*tensors, memory_budget=memory_budget).sum().backward()
-    policy, ref = 2 * 30 * 7 * 4, 2 * 30 * 7 * 3
-    assert counter.get_total_flops() == (3 + recomputed) * policy + (1 + recomputed) * ref
+        p, q = logits[row].double().softmax(-1), ref[row].double().softmax(-1)
+        u = torch.where(p > 0, (p / q).log(), 0.0)
+        torch.testing.assert_close(kl[0].double(), (p * u).sum(), rtol=1e-5, atol=1e-6)
+        (grad,) = torch.autograd.grad(2.0 * kl.sum(), hidden)
+        expected = 2.0 * p * (u - (p * u).sum())
+        torch.testing.assert_close(grad[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory_budget", [0, None])
 def test_weight_gradients_are_summed_in_fp32(
-    monkeypatch: pytest.MonkeyPatch, memory_budget: int | None
+    run_long, monkeypatch: pytest.MonkeyPatch, memory_budget: int | None
 ) -> None:
-    monkeypatch.setattr(_chunks, "TILE_ELEMENTS", 2 * 31)
-    tensors, biases = problem(512, 31, torch.bfloat16)
-    upstream = torch.randn(512)
+    small_tiles(monkeypatch, 2, 32)
+    inputs = problem(64, 31, torch.bfloat16)
+    upstream = torch.randn(64)
 
-    def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-        kl = linear_kl(*inputs[:4], bias=inputs[4], ref_bias=inputs[5], memory_budget=memory_budget)
-        return torch.autograd.grad((upstream * kl).sum(), inputs)
+    def gradients(function: Any, tensors: list[Tensor], **options: Any) -> Any:
+        return torch.autograd.grad((upstream * of(function, tensors, **options)).sum(), tensors)
 
-    inputs = (*tensors, *biases.values())
-    truth = gradients(*(t.detach().double().requires_grad_() for t in inputs))
-    for got, want in zip(gradients(*inputs), truth, strict=True):
-        assert got.dtype == torch.bfloat16
-        assert ((got - want).abs() <= 2**-8 * want.abs() + 1e-5 * want.abs().max()).all()
+    truth = gradients(linear_kl_reference, [x.detach().double().requires_grad_() for x in inputs])
+    got = gradients(run_long, inputs, memory_budget=memory_budget)
+    factor = 2**-8 if run_long.case.device == "cpu" else 2**-6
+    for one, want in zip(got, truth, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert ((one - want).abs() <= factor * want.abs() + 1e-3 * want.abs().max()).all()
 
 
-def test_autocast_changes_no_bit() -> None:
-    tensors, biases = problem(dtype=torch.float32)
+def test_autocast_rounds_the_inputs_once_and_nothing_else(run) -> None:
+    inputs = problem(dtype=torch.float32)
+    rounded = [x.detach().bfloat16().requires_grad_() if x.ndim == 2 else x for x in inputs]
 
-    def run() -> tuple[Tensor, ...]:
-        kl = linear_kl(*tensors, **biases, memory_budget=0)
+    def results(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        kl = of(run, tensors, memory_budget=0)
         return kl, *torch.autograd.grad(kl.sum(), tensors)
 
-    plain = run()
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = run()
-    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    with torch.autocast(run.case.device, torch.bfloat16):
+        cast = results(inputs)
+    assert {x.dtype for x in cast} == {torch.float32}
+    for one, other in zip(cast, results(rounded), strict=True):
+        assert torch.equal(one.to(other.dtype), other)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("memory_budget", BUDGETS)
+def test_live_rows_are_the_only_ones_that_count(run, memory_budget: int | None) -> None:
+    inputs = problem(rows=9, dtype=torch.float32)
+    live = torch.tensor([0, 1, 4, 8])
+    with torch.no_grad():
+        inputs[0][2] = inputs[3][5] = math.nan
+    kl = of(run, inputs, live_rows=live, memory_budget=memory_budget)
+    alone = [x[live] if i in (0, 3) else x for i, x in enumerate(inputs)]
+    torch.testing.assert_close(kl[live], of(linear_kl_reference, alone))
+    assert kl.count_nonzero() == 4
+    grads = torch.autograd.grad(kl.sum(), inputs)
+    assert all(g.isfinite().all() for g in grads) and grads[0].any(dim=1).sum() == 4
+
+
+def test_rows_without_a_gradient_may_hold_nan_and_a_head_may_be_shared() -> None:
+    hidden, weight, bias, *_ = problem(rows=6, dtype=torch.float32)
+    ref_hidden, upstream = torch.randn(6, 4), torch.randn(6)
+    upstream[2] = 0.0
+    with torch.no_grad():
+        hidden[2] = math.nan
+
+    def op(hidden: Tensor, weight: Tensor, ref_hidden: Tensor) -> Tensor:
+        kl = linear_kl(hidden, weight, ref_hidden, weight, bias=bias, ref_bias=bias)
+        return (upstream * kl.where(upstream != 0, 0.0)).sum()
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    grads = [
+        torch.autograd.grad(f(hidden, weight, ref_hidden), (hidden, weight, bias))
+        for f in (op, compiled)
+    ]
+    assert all(g.isfinite().all() for g in grads[0])
+    torch.testing.assert_close(*grads)
+
+
+class _Bf16Head(_linear.Head):
+    """A head whose products read bf16, as on a GPU."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.work = torch.bfloat16
+
+
+@pytest.mark.parametrize("gap", [4.0, 8.0])
+@pytest.mark.parametrize("columns", [16, 64])
+def test_gradients_of_confident_rows_survive_tiles_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, gap: float, columns: int
+) -> None:
+    """The policy is sure of one token, the reference of another."""
+    small_tiles(monkeypatch, 8, columns)
+    rows, vocab = 8, 64
+    hidden = torch.zeros(rows, vocab)
+    hidden[:, 5] = 6.0 + torch.arange(rows) / 4
+    ref_hidden = torch.zeros(rows, vocab)
+    ref_hidden[:, 9] = gap
+    hidden += 0.5 * torch.randn(rows, vocab)
+    hidden, ref_hidden, eye = hidden.bfloat16(), ref_hidden.bfloat16(), torch.eye(vocab).bfloat16()
+
+    def gradient(function: Any, dtype: torch.dtype, **options: Any) -> Tensor:
+        leaf = hidden.to(dtype).requires_grad_()
+        kl = function(leaf, eye.to(dtype), ref_hidden.to(dtype), eye.to(dtype), **options)
+        return torch.autograd.grad(kl.sum(), leaf)[0].double()
+
+    truth = gradient(linear_kl_reference, torch.float64)
+    scale = truth.abs().amax(dim=1, keepdim=True)
+    monkeypatch.setattr(_kl_tiles, "Head", _Bf16Head)
+    for budget in (0, rows * vocab * 4):  # recompute, direct
+        options = {"memory_budget": budget, "backend": "reference"}
+        got = gradient(linear_kl, torch.bfloat16, **options)
+        assert ((got - truth).abs() <= 2**-6 * scale).all(), budget
 
 
 def test_empty_batch_can_still_be_differentiated() -> None:
-    tensors, biases = problem(rows=0)
-    kl = linear_kl(*tensors, **biases)
+    inputs = problem(rows=0)
+    kl = of(linear_kl, inputs)
     assert kl.shape == (0,)
-    grads = torch.autograd.grad(kl.sum(), (*tensors, *biases.values()))
+    grads = torch.autograd.grad(kl.sum(), inputs)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("case", cases(OP, interpreter=False))
+@pytest.mark.parametrize("memory_budget", [None, 10**9])
+def test_compiles_as_one_graph(case, memory_budget: int | None) -> None:
+    inputs = [x.detach().to(case.device).requires_grad_() for x in problem(dtype=torch.float32)]
+
+    def op(*tensors: Tensor) -> Tensor:
+        return of(linear_kl, tensors, memory_budget=memory_budget, backend=case.backend)
+
+    def gradients(function: Any) -> tuple[Tensor, ...]:
+        kl = function(*inputs)
+        return kl, *torch.autograd.grad(kl.square().sum(), inputs)
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for one, other in zip(gradients(compiled), gradients(op), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("kept_tiles", [0, 2])  # full ones: nothing of the buffer is unwritten
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needs", [(1, 0, 1, 0, 1, 0), (1, 0, 0, 0, 0, 0), (0, 1, 0, 1, 0, 1)])
+def test_registered_ops_pass_opcheck(
+    kept_tiles: int, dtype: torch.dtype, needs: tuple[int, ...]
+) -> None:
+    inputs = [x.detach() for x in problem(dtype=dtype)]
+    options = (None, 0.7, 0.0, 1.0, dtype, kept_tiles)
+    forward = (*inputs, *options, False, "reference")
+    torch.library.opcheck(_kl_tiles.forward, forward)
+    kl, stats, kept, _ = _kl_tiles.forward(*forward)
+    backward = (kl, *inputs, stats, kept, *options, True, list(map(bool, needs)), "reference")
+    torch.library.opcheck(_kl_tiles.backward, backward)
+
+
 def test_wrong_arguments_are_named() -> None:
-    (hidden, weight, ref_hidden, ref_weight), biases = problem()
+    hidden, weight, bias, ref_hidden, ref_weight, _ = problem(rows=6, vocab=7)
     with pytest.raises(ValueError, match=r"ref_hidden has shape \[2, 3, 3\]; expected \[N, D\]"):
         linear_kl(hidden, weight, ref_hidden.view(2, 3, 3), ref_weight)
     with pytest.raises(ValueError, match="hidden has 6 rows, but ref_hidden has 5"):
@@ -178,8 +368,10 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="weight has 7 rows, but ref_weight has 6"):
         linear_kl(hidden, weight, ref_hidden, ref_weight[:6])
     with pytest.raises(ValueError, match=r"ref_bias has shape \[2\]; expected \[7\]"):
-        linear_kl(hidden, weight, ref_hidden, ref_weight, ref_bias=biases["bias"][:2])
+        linear_kl(hidden, weight, ref_hidden, ref_weight, ref_bias=bias[:2])
     with pytest.raises(TypeError, match="ref_weight has dtype torch.int64"):
         linear_kl(hidden, weight, ref_hidden, ref_weight.long())
     with pytest.raises(ValueError, match="softcap=-1"):
         linear_kl(hidden, weight, ref_hidden, ref_weight, softcap=-1.0)
+    with pytest.raises(ValueError, match=r"live_rows must rise.*\[0, 6\)"):
+        linear_kl(hidden, weight, ref_hidden, ref_weight, live_rows=torch.tensor([3, 2]))

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from linear_cases import small_tiles
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_fast.ops import _chunks
+from rlhf_fast.ops import count_products
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 from rlhf_fast.ops.linear_policy_loss import linear_policy_loss
 
@@ -83,7 +83,7 @@ def test_agrees_with_the_formula_on_whole_logits() -> None:
 def test_head_and_hidden_pass_gradcheck(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(_chunks, "TILE_ELEMENTS", 2 * V)
+    small_tiles(monkeypatch, 2, 4)
     hidden, weight, tokens, old, advantages, mask = problem()
     if "ratio" in options:  # its clipped ratio is a constant: no function has this gradient
         loss, _ = linear_policy_loss(
@@ -127,12 +127,15 @@ def test_masked_tokens_touch_nothing_whatever_they_hold(garbage: float) -> None:
 
 def test_masked_tokens_cost_no_products() -> None:
     hidden, weight, tokens, old, advantages, mask = problem(torch.float32)
-    with FlopCounterMode(display=False) as counter:
+    with count_products() as counted:
         loss, _ = linear_policy_loss(
-            hidden, weight, tokens, old, advantages, mask, memory_budget=10**12
+            *(hidden, weight, tokens, old, advantages, mask),
+            clip_low=None,
+            clip_high=None,
+            memory_budget=10**12,
         )
         loss.backward()
-    assert counter.get_total_flops() == 3 * 2 * int(mask.sum()) * V * D
+    assert counted.flops == 3 * 2 * int(mask.sum()) * V * D
 
 
 def test_ignored_tokens_do_not_count() -> None:
@@ -198,3 +201,15 @@ def test_wrong_arguments_are_named() -> None:
         linear_policy_loss(hidden, weight, tokens, old, advantages, mask, ratio="sequence")
     with pytest.raises(IndexError, match="tokens holds the id 7"):
         linear_policy_loss(hidden, weight, tokens.fill_(7), old, advantages, mask)
+
+
+def test_clipped_tokens_cost_no_backward_products() -> None:
+    hidden, weight, tokens, _, advantages, mask = problem(torch.float32)
+    old = torch.full((N,), -100.0)  # every ratio is far above the clip
+    with count_products() as counted:
+        loss, _ = linear_policy_loss(
+            *(hidden, weight, tokens, old, advantages.abs(), mask), memory_budget=0
+        )
+        loss.backward()
+    assert counted.flops == 2 * int(mask.sum()) * V * D
+    assert hidden.grad is not None and not hidden.grad.any()
