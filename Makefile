@@ -16,7 +16,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; 
 		2>/dev/null && { echo "$$python"; exit 0; }; done; \
 	echo "no Python 3.11, 3.12 or 3.13 runs here; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
 
-.PHONY: help demo test test-slow test-gpu bench bench-gpu lint ci install-check clean
+.PHONY: help demo test test-slow test-gpu rivals bench bench-gpu lint ci install-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,16 +43,24 @@ test-slow: $(READY)  ## the slow tests: longer learning runs, real data
 test-gpu:  ## the GPU tests, with the current Python and without the network
 	python3 -m pytest -m gpu
 
-# Passive: on a busy machine threads that spin at barriers measure the scheduler's tick instead.
-bench: $(READY)  ## the CPU benchmarks; OpenRLHF's wheel is fetched as a rival
+rivals: $(READY)  ## the wheels that the benchmarks compare with, into .benchmarks/rivals
 	mkdir -p .benchmarks/rivals
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
-		--dest .benchmarks/rivals openrlhf==0.11.2 \
-		|| echo "OpenRLHF 0.11.2 was not fetched: its comparison is skipped" >&2
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-columns=median,iqr,rounds -s
+	for wheel in openrlhf==0.11.2 trl==1.16.0; do \
+		$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+			--dest .benchmarks/rivals $$wheel \
+			|| echo "$$wheel was not fetched: its comparisons are skipped" >&2; \
+	done
+
+BENCH := -m pytest --benchmark-columns=median,iqr,rounds -s
+# Passive: on a busy machine threads that spin at barriers measure the scheduler's tick instead.
+# Again with huge pages for torch: without them page faults are most of what some rivals pay.
+bench: rivals  ## the CPU benchmarks; the rivals' wheels are fetched
+	OMP_WAIT_POLICY=passive $(BIN)/python $(BENCH) benchmarks -m "not gpu"
+	OMP_WAIT_POLICY=passive THP_MEM_ALLOC_ENABLE=1 $(BIN)/python $(BENCH) -m "not gpu" \
+		benchmarks/bench_token_logprobs.py benchmarks/bench_full_kl.py
 
 bench-gpu:  ## the GPU benchmarks, with the current Python and without the network
-	python3 -m pytest benchmarks -m gpu --benchmark-columns=median,iqr,rounds -s
+	python3 $(BENCH) benchmarks -m gpu
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
