@@ -165,15 +165,21 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward<T, O>
   const bool out_aligned = is_aligned(out + head), ref_out_aligned = is_aligned(ref_out + head);
 
   const float kl = a.stats[4 * o.rows + row], upstream = a.grad_kl[row];
-  if (upstream == 0 || kl == kInf) {
+  const bool without_gradient = upstream == 0 || kl == kInf;
+  if (without_gradient || a.stats[row] == -kInf) {
+    // A policy row that rules out everything has no distribution: NaN.
+    float fill[kLanes];
+    for (float& x : fill) x = without_gradient ? 0.0f : nanf("");
+    Pack<O, kLanes> pack;
+    pack.write(fill);
 #pragma unroll
     for (int k = 0; k < kOutPacks; ++k) {
       if (!share.has(k)) break;
-      if (out) Pack<O, kLanes>{}.store(out + share.column(k), out_aligned);
-      if (ref_out) Pack<O, kLanes>{}.store(ref_out + share.column(k), ref_out_aligned);
+      if (out) pack.store(out + share.column(k), out_aligned);
+      if (ref_out) pack.store(ref_out + share.column(k), ref_out_aligned);
     }
-    if (end >= 0 && out) out[end] = O{};
-    if (end >= 0 && ref_out) ref_out[end] = O{};
+    if (end >= 0 && out) out[end] = narrow<O>(fill[0]);
+    if (end >= 0 && ref_out) ref_out[end] = narrow<O>(fill[0]);
     return;
   }
 

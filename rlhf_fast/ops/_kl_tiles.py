@@ -37,6 +37,7 @@ from rlhf_fast.ops._linear import (
     kept_tile,
     live_chunks,
     scratch_tile,
+    tile_place,
 )
 from rlhf_fast.ops._plan import make_tiles
 from rlhf_fast.ops._products import product
@@ -93,9 +94,7 @@ def _forward(
             weights = [head.weight_slice(columns) for head in heads]
             pair = []
             for side, (head, weight_slice) in enumerate(zip(heads, weights, strict=True)):
-                logits = kept_tile(kept[side], tiles, kept_tiles, rows, columns)
-                if logits is None:
-                    logits = as_tile(scratch[side], rows.stop - rows.start, columns)
+                logits = tile_place(kept[side], scratch[side], tiles, kept_tiles, rows, columns)
                 pair.append(head.logits(head.hidden[rows], weight_slice, columns, logits))
             kl[rows], state = impl.forward(*pair, *part, state)
             if directly is not None:

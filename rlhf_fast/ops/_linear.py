@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.compiled._rows import LIBRARY
 from rlhf_fast.ops._memory import fresh_like
 from rlhf_fast.ops._plan import Tiles
 from rlhf_fast.ops._products import product
@@ -112,6 +113,14 @@ def kept_tile(
     return as_tile(kept[place * tiles.slot :], rows.stop - rows.start, columns)
 
 
+def tile_place(
+    kept: Tensor, scratch: Tensor, tiles: Tiles, kept_tiles: int, rows: slice, columns: slice
+) -> Tensor:
+    """Where the forward writes a tile: its place among the kept ones, or the scratch tile."""
+    tile = kept_tile(kept, tiles, kept_tiles, rows, columns)
+    return as_tile(scratch, rows.stop - rows.start, columns) if tile is None else tile
+
+
 def scratch_tile(
     tiles: Tiles, dtype: torch.dtype, device: torch.device, needed: bool = True
 ) -> Tensor:
@@ -186,9 +195,6 @@ class HeadGradients:
         return grad_hidden, weight, self._bias.to(self.head.bias.dtype)
 
 
-_LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
-
-
 def define_op(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Registers `rlhf_fast::<name>`, opaque to `torch.compile`: its loops are not unrolled.
 
@@ -201,9 +207,9 @@ def define_op(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             return run(*args)
 
-    _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(name + schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.rlhf_fast, name).default
 
 

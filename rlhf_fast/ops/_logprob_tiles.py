@@ -35,6 +35,7 @@ from rlhf_fast.ops._linear import (
     kept_tile,
     live_chunks,
     scratch_tile,
+    tile_place,
 )
 from rlhf_fast.ops._plan import make_tiles
 from rlhf_fast.ops._products import product
@@ -90,9 +91,7 @@ def _forward(
         directly = _Direct(impl, head, ids, part, e, slopes[rows]) if direct else None
         for columns in tiles.column_slices():
             weight_slice = head.weight_slice(columns)
-            logits = kept_tile(kept, tiles, kept_tiles, rows, columns)
-            if logits is None:
-                logits = as_tile(scratch, ids.shape[0], columns)
+            logits = tile_place(kept, scratch, tiles, kept_tiles, rows, columns)
             head.logits(head.hidden[rows], weight_slice, columns, logits)
             options = (*part, ignore_index, columns.start)
             logprobs[rows], entropy[rows], state = impl.forward(logits, ids, *options, state)

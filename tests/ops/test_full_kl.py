@@ -159,6 +159,17 @@ def test_token_ruled_out_by_the_reference_alone_makes_the_row_infinite(run) -> N
         assert grad[:3].abs().max() == 0 and grad[3].abs().min() > 0
 
 
+def test_policy_row_that_rules_out_everything_is_nan_with_its_gradients(run) -> None:
+    logits = torch.tensor([[-INF] * 3, [-INF] * 3, [0.0, 1.0, 2.0]], requires_grad=True)
+    ref = torch.zeros(3, 3, requires_grad=True)
+    kl = run(logits, ref)
+    assert kl.isnan().tolist() == [True, True, False]
+    upstream = torch.tensor([1.0, 0.0, 1.0])
+    for grad in torch.autograd.grad(run(logits, ref), (logits, ref), upstream):
+        assert grad.isnan().all(dim=1).tolist() == [True, False, False]
+        assert not grad[1].any() and grad[2].abs().min() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("distance", [0.1, 3.0])
 def test_errors_stay_within_those_of_naive_pytorch(
