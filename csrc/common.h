@@ -14,7 +14,8 @@
 #else
 #define RLHF_CLONES
 #endif
-#define RLHF_INLINE inline __attribute__((always_inline))
+#define RLHF_ALWAYS_INLINE __attribute__((always_inline))
+#define RLHF_INLINE inline RLHF_ALWAYS_INLINE
 
 namespace rlhf {
 

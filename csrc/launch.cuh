@@ -8,7 +8,11 @@
 #include <stdexcept>
 #include <string>
 
+#define RLHF_DEVICE __device__ __forceinline__
+
 namespace rlhf {
+
+constexpr int kWarp = 32;
 
 inline void check(cudaError_t status, const char* op, const char* what) {
   if (status != cudaSuccess)

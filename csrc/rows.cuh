@@ -5,11 +5,9 @@
 
 #include "launch.cuh"
 
-#define RLHF_DEVICE __device__ __forceinline__
-
 namespace rlhf {
 
-constexpr int kWarp = 32, kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;

@@ -1,4 +1,4 @@
-"""What the row kernels share: accurate elementary functions, row addressing, merging of sums.
+"""What the kernels share: accurate elementary functions, addressing, merging of sums, scans.
 
 Only `exp2` is taken from Triton in inner loops: on a GPU it is one instruction, and in the
 interpreter it exists, which libdevice's functions do not. Kernels import these by name, not through
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,11 +31,23 @@ LN2 = tl.constexpr(0.6931471805599453)
 # 0 where e is 0, not NaN.
 FLOOR = tl.constexpr(-200.0)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
 
 
 @triton.jit
 def exp(x):
+    """To some |x| roundings."""
     return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def exp_of_any(x):
+    """exp(x) of fp32 x < 88 to 3 roundings, however large |x| is; 0 below -150."""
+    x = tl.where(x < -150.0, -150.0, x)
+    power = tl.floor(x * LOG2E + 0.5)
+    # Of ln 2 first 9 bits, so that their product is exact, then what they leave.
+    rest = (x - power * 0.693359375) + power * 2.12194440e-4
+    return tl.exp2(power) * tl.exp2(rest * LOG2E)
 
 
 @triton.jit
@@ -137,6 +150,51 @@ def row_start(row, inner, outer_stride, inner_stride, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def sequence_of(OFFSETS, length):
+    """Row, first column and number of tokens of this program's sequence, int64.
+
+    Padded sequences are rows of `length` columns; packed ones, which OFFSETS bound, lie in one row.
+    There the first begins at 0 and the last ends at `length`, whatever the offsets say: every token
+    is in a sequence, so every output is written, and nothing beyond is.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.zeros([], tl.int64)
+    end = begin + length
+    if OFFSETS is not None:
+        first = tl.load(OFFSETS + row).to(tl.int64)
+        last = tl.load(OFFSETS + row + 1).to(tl.int64)
+        begin = tl.where(row == 0, begin, tl.minimum(tl.maximum(first, 0), end))
+        last = tl.minimum(tl.maximum(last, begin), end)
+        end = tl.where(row == tl.num_programs(0) - 1, end, last)
+        row = row * 0
+    return row, begin, end - begin
+
+
+@triton.jit
+def _then(b0, c0, before_b0, before_c0, b1, c1, before_b1, before_c1):
+    """Composes two runs of tokens, the second after the first.
+
+    Each is the map of the whole run (b, c) and that of the run without its last token (before_*),
+    which gives the carry that reaches a token out of an inclusive scan.
+    """
+    return b1 + c1 * b0, c1 * c0, before_b1 + before_c1 * b0, before_c1 * c0
+
+
+@triton.jit
+def scan(b, c, carry, BLOCK: tl.constexpr):
+    """Runs `carry` through the maps x -> b + c x of a block: what reaches each token, and the end.
+
+    Args:
+        b, c: [BLOCK].
+        carry: what reaches the first one.
+    """
+    zero = tl.zeros_like(b)
+    b, c, before_b, before_c = tl.associative_scan((b, c, zero, zero + 1.0), 0, _then)
+    last = tl.arange(0, BLOCK) == BLOCK - 1
+    return before_b + before_c * carry, tl.sum(tl.where(last, b + c * carry, 0.0), 0)
+
+
+@triton.jit
 def merged_top(tops, others, temperature, PIECES: tl.constexpr):
     """Largest logit and the others' sum of rows, from those of their pieces.
 
@@ -202,6 +260,36 @@ def slots(pieces: int) -> int:
 def flat(x: Tensor | None) -> Tensor | None:
     """`x`, None or not, as a contiguous vector."""
     return None if x is None else x.contiguous().view(-1)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x` itself if its tokens lie side by side (rows may be anywhere), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def scan_block(tokens: Tensor, sequences: int) -> tuple[int, int]:
+    """Lanes and warps of a program that scans a sequence, by the mean length."""
+    length = tokens.numel() // sequences
+    return (64, 1) if length <= 64 else (256, 2) if length <= 256 else (1024, 8)
+
+
+def byte_mask(mask: Tensor) -> Tensor:
+    """A boolean mask as bytes, its tokens side by side."""
+    return unit_stride(mask).view(torch.uint8)
+
+
+def register(name: str, schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Makes `torch.ops.rlhf_fast.triton_<name>` of a launcher.
+
+    torch.compile takes such an op as it is. Into a plain launcher it would look, and neither the
+    fp64 numbers that its kernel is declared to take nor a counter that outlives the call survive.
+    """
+    name = f"triton_{name}"
+    LIBRARY.define(name + schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, launcher, key)
+    torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.rlhf_fast, name).default
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -20,7 +20,10 @@ import torch
 from rlhf_fast import compiled
 from rlhf_fast.compiled import full_kl as compiled_full_kl
 from rlhf_fast.compiled import gae as compiled_gae
+from rlhf_fast.compiled import policy_loss as compiled_policy_loss
+from rlhf_fast.compiled import ppo_advantages as compiled_ppo_advantages
 from rlhf_fast.compiled import token_logprobs as compiled_token_logprobs
+from rlhf_fast.compiled import value_loss as compiled_value_loss
 
 BACKENDS = ("cuda", "triton", "cpp")
 
@@ -28,13 +31,19 @@ TRITON_MISSING: str | None = None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 triton_full_kl: Any = None
 triton_gae: Any = None
+triton_policy_loss: Any = None
+triton_ppo_advantages: Any = None
 triton_token_logprobs: Any = None
+triton_value_loss: Any = None
 if find_spec("triton") is None:
     TRITON_MISSING = "triton is not installed; `pip install rlhf-fast[triton]` on Linux brings it"
 else:
     from rlhf_fast.kernels import full_kl as triton_full_kl
     from rlhf_fast.kernels import gae as triton_gae
+    from rlhf_fast.kernels import policy_loss as triton_policy_loss
+    from rlhf_fast.kernels import ppo_advantages as triton_ppo_advantages
     from rlhf_fast.kernels import token_logprobs as triton_token_logprobs
+    from rlhf_fast.kernels import value_loss as triton_value_loss
 
 _FP32_64 = (torch.float32, torch.float64)
 _UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +62,8 @@ class Impl(NamedTuple):
 
     Attributes:
         forward: Launcher of the forward pass; None where the backend is missing.
-        backward: Launcher of the backward pass; None where there is none.
+        backward: Launcher of the backward pass; None where there is none. Of `ppo_advantages`,
+            which has no gradient, the second launch, which whitens.
         devices: Device types on which `backend=None` may choose it.
         dtypes: Dtypes in which it computes (what the op passes to `resolve`).
         missing: Why it cannot run in this installation and what would bring it; None if it can.
@@ -116,10 +126,31 @@ TABLE: dict[str, dict[str, Impl]] = {
         "triton": _triton(triton_gae, _FP32_64),
         "cpp": _cpp(compiled_gae, _FP32_64),
     },
-    "ppo_advantages": {},
-    "policy_loss": {},
-    "linear_policy_loss": {},
-    "value_loss": {},
+    "discounted_returns": {
+        "cuda": _cuda(compiled_gae, _FP32_64),
+        "triton": _triton(triton_gae, _FP32_64),
+        "cpp": _cpp(compiled_gae, _FP32_64),
+    },
+    "ppo_advantages": {
+        "cuda": _cuda(compiled_ppo_advantages, _FP32_64),
+        "triton": _triton(triton_ppo_advantages, _FP32_64),
+        "cpp": _cpp(compiled_ppo_advantages, _FP32_64),
+    },
+    "policy_loss": {
+        "cuda": _cuda(compiled_policy_loss, _FP32_64),
+        "triton": _triton(triton_policy_loss, (torch.float32,)),
+        "cpp": _cpp(compiled_policy_loss, _FP32_64),
+    },
+    "linear_policy_loss": {
+        "cuda": _cuda(compiled_policy_loss, (torch.float32,)),
+        "triton": _triton(triton_policy_loss, (torch.float32,)),
+        "cpp": _cpp(compiled_policy_loss, _FP32_64),
+    },
+    "value_loss": {
+        "cuda": _cuda(compiled_value_loss, _FP32_64),
+        "triton": _triton(triton_value_loss, _FP32_64),
+        "cpp": _cpp(compiled_value_loss, _FP32_64),
+    },
     "pairwise_loss": {},
     "ranking_loss": {},
     "rating_loss": {},
@@ -127,6 +158,7 @@ TABLE: dict[str, dict[str, Impl]] = {
     "masked_var": {},
     "masked_whiten": {},
     "group_advantages": {},
+    "importance_weights": {},
 }
 
 

@@ -89,8 +89,7 @@ def calls(
     def call(*args: Any, **options: Any) -> Any:
         args = tuple(to_device(x, case.device) for x in args)
         options = {name: to_device(x, case.device) for name, x in options.items()}
-        result = function(*args, backend=case.backend, **options)
-        return result.cpu() if isinstance(result, torch.Tensor) else tuple(x.cpu() for x in result)
+        return to_cpu(function(*args, backend=case.backend, **options))
 
     call.case = case  # type: ignore[attr-defined]
     yield call
@@ -104,3 +103,12 @@ def to_device(x: Any, device: str) -> Any:
     if x._base is None:
         return x.to(device)
     return x._base.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def to_cpu(result: Any) -> Any:
+    """What an op returned, a tensor or tuples and dicts of them, on the CPU."""
+    if isinstance(result, torch.Tensor):
+        return result.cpu()
+    if isinstance(result, dict):
+        return {name: to_cpu(x) for name, x in result.items()}
+    return tuple(map(to_cpu, result))

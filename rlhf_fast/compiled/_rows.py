@@ -1,4 +1,4 @@
-"""How tensors reach the compiled extensions: addresses, rows of logits, dtypes, where to run."""
+"""How tensors reach the compiled extensions: addresses, rows, dtypes, where to run."""
 
 from __future__ import annotations
 
@@ -44,6 +44,28 @@ def address(x: Tensor | None) -> int:
 def contiguous(x: Any, dtype: torch.dtype | None = None) -> Any:
     """`x`, None or not, without gaps and in `dtype` where one is given."""
     return None if x is None else x.to(dtype or x.dtype).contiguous()
+
+
+def sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences there are in tokens [B, T], or in packed ones [N]."""
+    return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def unit_stride(x: Any) -> Any:
+    """`x`, None or not, itself if its tokens lie side by side (rows may be anywhere), or a copy."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def token_rows(x: Tensor | None) -> tuple[int, int]:
+    """Data pointer (0 for None) and the elements from one row of tokens to the next."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def unwritten(n: int, like: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`n` contiguous outputs; zeroed where a malformed `cu_seqlens` could leave tokens out."""
+    unread = cu_seqlens is not None and like.device.type != "cpu"
+    allocate = torch.zeros if unread else torch.empty
+    return tuple(allocate(like.shape, dtype=like.dtype, device=like.device) for _ in range(n))
 
 
 def stats_dtype(*tensors: Tensor) -> torch.dtype:

@@ -5,9 +5,11 @@ The name of an op fixes its mathematics, `backend` only who computes it.
 
 from rlhf_fast.ops._plan import LinearPlan, plan_linear_logprobs
 from rlhf_fast.ops._products import ProductCount, count_products
+from rlhf_fast.ops.discounted_returns import discounted_returns
 from rlhf_fast.ops.full_kl import full_kl
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.group_advantages import group_advantages
+from rlhf_fast.ops.importance_weights import importance_weights
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_kl import linear_kl
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
@@ -25,9 +27,11 @@ __all__ = [
     "LinearPlan",
     "ProductCount",
     "count_products",
+    "discounted_returns",
     "full_kl",
     "gae",
     "group_advantages",
+    "importance_weights",
     "kl_estimate",
     "linear_kl",
     "linear_logprobs",

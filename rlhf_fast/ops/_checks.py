@@ -19,6 +19,15 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def number(op: str, name: str, value: Any, fits: bool, expected: str) -> None:
+    """Raises unless the number `value` fits.
+
+    Only then is there a message: under `torch.compile` a number that varies has no text.
+    """
+    if not fits:
+        raise ValueError(f"{op}: {name}={value}; expected {expected}")
+
+
 def floating(op: str, **tensors: Tensor | None) -> None:
     """Raises `TypeError` for a tensor that is not of a floating dtype; `None` passes."""
     for name, tensor in tensors.items():
@@ -35,19 +44,24 @@ def integral(op: str, **tensors: Tensor | None) -> None:
 
 def same_shape(op: str, **tensors: Tensor | None) -> None:
     """Raises unless all given tensors share the first one's shape and device; `None` passes."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, like = next(iter(given.items()))
-    for name, tensor in given.items():
-        require(
-            tensor.shape == like.shape,
-            f"{op}: {name} has shape {list(tensor.shape)}, but {first} has {list(like.shape)}; "
-            "they must be equal",
-        )
-        require(
-            tensor.device == like.device,
-            f"{op}: {name} is on {tensor.device}, but {first} is on {like.device}; "
-            "move them to one device",
-        )
+    first, like = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if like is None:
+            first, like = name, tensor
+            continue
+        # Every op comes here: a message that nobody reads would cost more than the check.
+        if tensor.shape != like.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {list(tensor.shape)}, but {first} has "
+                f"{list(like.shape)}; they must be equal"
+            )
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, but {first} is on {like.device}; "
+                "move them to one device"
+            )
 
 
 def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from rlhf_fast.ops._checks import require
+from rlhf_fast.ops._checks import number, require
 from rlhf_fast.ops._sequences import sequence_sum
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
@@ -37,6 +38,18 @@ def aggregate(
     return total / divisor
 
 
+def split_normalizer(
+    normalizer: float | Tensor | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, float]:
+    """`normalizer` as launchers take it: a 0-d tensor, or a number, 0 for the count at hand."""
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach().to(device=device, dtype=dtype), 0.0
+    if normalizer is not None and torch.compiler.is_compiling():
+        # An opaque op binds a graph to the numbers that it is given, not to tensors.
+        return torch.full((), normalizer, dtype=dtype, device=device), 0.0
+    return None, float(normalizer or 0.0)
+
+
 def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
     """Raises unless `normalizer` is None, a number > 0 or a 0-d tensor, whose value is not read."""
     if isinstance(normalizer, Tensor):
@@ -45,9 +58,6 @@ def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
             f"{op}: normalizer has shape {list(normalizer.shape)}; expected a number or a 0-d "
             "tensor",
         )
-    else:
-        require(
-            normalizer is None or normalizer > 0,
-            f"{op}: normalizer={normalizer}; expected a number > 0: what the summed loss is "
-            "divided by",
-        )
+        return
+    fits = normalizer is None or normalizer > 0
+    number(op, "normalizer", normalizer, fits, "a number > 0: what the summed loss is divided by")

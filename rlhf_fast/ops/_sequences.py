@@ -47,7 +47,9 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """`[B]` sums over each sequence's tokens, 0 for one without any; in a fixed order."""
     if cu_seqlens is None:
         return x.sum(1)
-    return torch.segment_reduce(x.contiguous(), "sum", offsets=cu_seqlens, initial=0, unsafe=True)
+    # In fp64: it adds one element after the other, where a sum over a dimension adds in pairs.
+    sums = torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens, initial=0, unsafe=True)
+    return sums.to(x.dtype)
 
 
 def per_token(per_sequence: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -13,8 +13,11 @@ recurrence a scan of affine maps in one scalar:
 
     A_k = (r_k - V_k) + x_{k+1},    x_k = gamma V_k + gamma lam (r_k - V_k) + gamma lam x_{k+1},
 
-and the identity where a token doesn't count. Its adjoint runs forward in time. With g_k the
-gradient that reaches A_k directly (upstream of A_k plus upstream of R_k),
+and the identity where a token doesn't count. The carry's rounding is one of the larger of the two:
+advantages that are small beside their values are exact to a rounding of the *values*.
+
+The adjoint runs forward in time. With g_k the gradient that reaches A_k directly (upstream of A_k
+plus upstream of R_k),
 
     u_k = g_k + gamma lam u_{k-1},  u_0 = 0,
     dL/dr_k = u_k,    dL/dV_k = dL/dR_k - u_k + gamma u_{k-1},    dL/dbootstrap = gamma u_last.
@@ -22,6 +25,7 @@ gradient that reaches A_k directly (upstream of A_k plus upstream of R_k),
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ from torch import Tensor
 
 from rlhf_fast.backends import Impl, resolve
 from rlhf_fast.ops import _checks
+from rlhf_fast.ops._scan_checks import check_scan
 
 
 def gae_reference(
@@ -75,7 +80,6 @@ def gae_reference(
 
 def _padded_index(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Token index [B, T] of packed sequences laid out as rows, and whether each is inside one."""
-    check_cu_seqlens(cu_seqlens, total)
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     steps = torch.arange(longest, device=cu_seqlens.device)
@@ -83,21 +87,19 @@ def _padded_index(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return index.clamp(max=max(total - 1, 0)), steps < lengths[:, None]
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
-    """Raises unless `cu_seqlens` rises from 0 to `total`; reads it, so it stalls a GPU's stream."""
-    bounds = cu_seqlens.tolist()
-    _checks.require(
-        bounds[0] == 0 and bounds[-1] == total and bounds == sorted(bounds),
-        f"gae: cu_seqlens must rise from 0 to the {total} packed tokens, not fall, and end there; "
-        f"it starts {bounds[:4]} and ends at {bounds[-1]}",
-    )
-
-
 def _per_sequence(value: float | Tensor, batch: int, like: Tensor) -> Tensor:
     """`value` as [B] in the dtype and on the device of `like`."""
     if isinstance(value, Tensor):
         return value.to(like.dtype)
     return torch.full((batch,), value, dtype=like.dtype, device=like.device)
+
+
+def split_coefficient(value: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """gamma or lambda as launchers take it: a tensor, one a sequence, or a number for all.
+
+    A number goes to the kernel as it is: a tensor made of it would be a launch of its own.
+    """
+    return (value.to(dtype), 0.0) if isinstance(value, Tensor) else (None, float(value))
 
 
 class _Gae(torch.autograd.Function):
@@ -111,24 +113,54 @@ class _Gae(torch.autograd.Function):
         values: Tensor,
         bootstrap: Tensor | None,
         mask: Tensor | None,
-        gamma: Tensor,
-        lam: Tensor,
+        gamma: Tensor | None,
+        lam: Tensor | None,
         cu_seqlens: Tensor | None,
+        numbers: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
         assert impl.forward is not None
-        ctx.impl = impl
+        ctx.impl, ctx.numbers = impl, numbers
         ctx.save_for_backward(mask, gamma, lam, cu_seqlens)
-        return impl.forward(rewards, values, mask, gamma, lam, bootstrap, cu_seqlens)
+        return impl.forward(rewards, values, mask, gamma, lam, bootstrap, cu_seqlens, *numbers)
 
     @staticmethod
     @_checks.differentiable_once
     def backward(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor) -> tuple[Any, ...]:
         mask, gamma, lam, cu_seqlens = ctx.saved_tensors
         rewards, values, bootstrap = ctx.impl.backward(
-            grad_advantages, grad_returns, mask, gamma, lam, cu_seqlens
+            grad_advantages, grad_returns, mask, gamma, lam, cu_seqlens, *ctx.numbers
         )
         bootstrap = bootstrap if ctx.needs_input_grad[3] else None
-        return None, rewards, values, bootstrap, None, None, None, None
+        return None, rewards, values, bootstrap, *[None] * 5
+
+
+def scan(
+    impl: Impl,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`gae` of checked arguments through the launchers of `impl`."""
+    dtype = _checks.stats_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    gammas, gamma_value = split_coefficient(gamma, dtype)
+    lams, lam_value = split_coefficient(lam, dtype)
+    advantages, returns = _Gae.apply(
+        impl,
+        rewards.to(dtype),
+        values.to(dtype),
+        None if bootstrap is None else bootstrap.to(dtype),
+        mask if mask is None or mask.dtype == torch.bool else mask != 0,
+        gammas,
+        lams,
+        None if cu_seqlens is None else cu_seqlens.to(torch.int32),
+        (gamma_value, lam_value),
+    )
+    return advantages, returns
 
 
 def gae(
@@ -153,8 +185,9 @@ def gae(
         values: Same shape; the critic's estimate before each token.
         mask: Same shape, any dtype; nonzero where a token counts. None counts all. Gaps are
             allowed anywhere: deleting the tokens that don't count changes nothing for the others.
-        gamma: Discount, in [0, 1]; a float, or [B] for one per sequence.
-        lam: GAE's lambda, in [0, 1]; a float, or [B] for one per sequence.
+        gamma: Discount, in [0, 1]; a float, or [B] for one per sequence (on a GPU its values are
+            not checked unless RLHF_FAST_CHECK=1: the host would have to wait for them).
+        lam: GAE's lambda; as gamma.
         cu_seqlens: [B + 1] int32 offsets of packed sequences, from 0 to N. On a GPU the host does
             not read it: offsets out of range are clamped, with unspecified results.
         bootstrap: [B] value after the last token of a sequence that was cut off; None is 0.
@@ -169,85 +202,19 @@ def gae(
         ValueError: A shape, a device or a value is not.
         BackendUnavailable: The named backend cannot run.
     """
-    _check(rewards, values, mask, gamma, lam, cu_seqlens, bootstrap)
+    check_scan(
+        "gae", rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens,
+        bootstrap=bootstrap,
+    )  # fmt: skip
     dtype = _checks.stats_dtype(torch.promote_types(rewards.dtype, values.dtype))
     impl = resolve("gae", rewards.device, backend, dtype)
-    if impl is None:
-        return gae_reference(
-            rewards,
-            values,
-            mask,
-            gamma=gamma,
-            lam=lam,
-            cu_seqlens=cu_seqlens,
-            bootstrap=bootstrap,
-        )
-    rewards, values = rewards.to(dtype), values.to(dtype)
-    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    advantages, returns = _Gae.apply(
-        impl,
+    compute = gae_reference if impl is None else partial(scan, impl)
+    return compute(
         rewards,
         values,
-        None if bootstrap is None else bootstrap.to(dtype),
-        mask if mask is None or mask.dtype == torch.bool else mask != 0,
-        _per_sequence(gamma, batch, rewards),
-        _per_sequence(lam, batch, rewards),
-        None if cu_seqlens is None else cu_seqlens.to(torch.int32),
+        mask,
+        gamma=gamma,
+        lam=lam,
+        cu_seqlens=cu_seqlens,
+        bootstrap=bootstrap,
     )
-    return advantages, returns
-
-
-def _check(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    cu_seqlens: Tensor | None,
-    bootstrap: Tensor | None,
-) -> None:
-    _checks.floating("gae", rewards=rewards, values=values, bootstrap=bootstrap)
-    _checks.same_shape("gae", rewards=rewards, values=values, mask=mask)
-    if cu_seqlens is None:
-        _checks.require(
-            rewards.dim() == 2,
-            f"gae: rewards has shape {list(rewards.shape)}; expected [B, T], "
-            "or [N] together with cu_seqlens",
-        )
-        batch = rewards.shape[0]
-    else:
-        _checks.integral("gae", cu_seqlens=cu_seqlens)
-        _checks.require(
-            rewards.dim() == 1 and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0,
-            f"gae: with cu_seqlens {list(cu_seqlens.shape)} rewards has shape "
-            f"{list(rewards.shape)}; expected [B + 1] and [N]",
-        )
-        _checks.require(
-            rewards.numel() < 2**31,
-            f"gae: {rewards.numel()} packed tokens overflow int32 offsets; pass fewer at a time",
-        )
-        batch = cu_seqlens.numel() - 1
-    for name, coefficient in (("gamma", gamma), ("lam", lam)):
-        if not isinstance(coefficient, Tensor):
-            _checks.require(
-                0.0 <= coefficient <= 1.0, f"gae: {name}={coefficient!r}; expected it in [0, 1]"
-            )
-            continue
-        _checks.floating("gae", **{name: coefficient})
-        _checks.require(
-            not coefficient.requires_grad,
-            f"gae: {name} requires a gradient, but gae is differentiable in rewards, values and "
-            f"bootstrap only; pass {name}.detach()",
-        )
-    for name, vector in (("gamma", gamma), ("lam", lam), ("bootstrap", bootstrap)):
-        if isinstance(vector, Tensor):
-            _checks.require(
-                vector.shape == (batch,) and vector.device == rewards.device,
-                f"gae: {name} has shape {list(vector.shape)} on {vector.device}; expected one "
-                f"element per sequence, [{batch}], on {rewards.device}",
-            )
-    if cu_seqlens is not None:
-        _checks.require(
-            cu_seqlens.device == rewards.device,
-            f"gae: cu_seqlens is on {cu_seqlens.device}; expected {rewards.device}",
-        )

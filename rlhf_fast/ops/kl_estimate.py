@@ -11,6 +11,8 @@ from rlhf_fast.ops._softmax import exp_excess
 KINDS = ("k1", "k2", "k3", "abs")
 MAX_LOG_RATIO = 20.0
 """Bound on every log-ratio before it is exponentiated: exp(20) = 4.9e8."""
+HUGE = 1e18
+"""Stands in for an infinite log-prob: sums of it and its square stay finite in fp32."""
 
 
 def kl_estimate_reference(

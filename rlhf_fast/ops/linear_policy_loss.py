@@ -37,6 +37,7 @@ def linear_policy_loss(
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_kind: str = "k2",
+    kl_unbiased_gradient: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -59,7 +60,8 @@ def linear_policy_loss(
         bias: see `linear_logprobs`, as for the options after it up to `memory_budget`.
         cu_seqlens: `[B + 1]` int32 offsets of the sequences, from 0 to N; None where nothing in the
             loss works by sequence.
-        backend: the implementation of `linear_logprobs` to use; None takes the first that fits.
+        backend: the implementation of `linear_logprobs` and of `policy_loss` to use; None takes
+            the first that fits each.
 
     Returns:
         `(loss, metrics)` of `policy_loss`; the loss is differentiable, once, in `hidden`, `weight`
@@ -83,8 +85,6 @@ def linear_policy_loss(
         same_shape(op, tokens=tokens, advantages=advantages, importance_weights=importance_weights)
         cu_seqlens = torch.zeros(2, dtype=torch.int32, device=tokens.device)
         cu_seqlens[1:] = tokens.shape[0]
-    # A kernel is named for the log-probs, the larger part; the loss takes what there is.
-    loss_backend = backend if backend == "reference" else None
     counts = (mask != 0) & (tokens != ignore_index)
     logprobs, entropy = linear_logprobs(
         hidden,
@@ -117,6 +117,7 @@ def linear_policy_loss(
         kl=kl,
         kl_coef=kl_coef,
         kl_kind=kl_kind,
+        kl_unbiased_gradient=kl_unbiased_gradient,
         cu_seqlens=cu_seqlens,
-        backend=loss_backend,
+        backend=backend,
     )

@@ -31,13 +31,13 @@ def _global_sum(x: Tensor, across_processes: bool) -> Tensor:
 
 
 def _moments(x: Tensor, mask: Tensor, across_processes: bool) -> _Moments:
-    """Mean and unbiased variance by the corrected two-pass algorithm.
+    """Mean and unbiased variance, fp64, by the corrected two-pass algorithm.
 
     The second pass sums the residuals too, which removes the rounding of the first mean (Chan,
     Golub and LeVeque 1983): a constant `x` has variance 0 and whitens to 0.
     """
+    x = torch.where(mask, x, 0.0).double()
     ones = mask.to(x.dtype)
-    x = torch.where(mask, x, 0.0)
     count, total = _global_sum(torch.stack([ones.sum(), x.sum()]), across_processes).unbind()
     count = count.clamp(min=1)
     mean = total / count
@@ -48,14 +48,33 @@ def _moments(x: Tensor, mask: Tensor, across_processes: bool) -> _Moments:
     return _Moments(mean + residual / count, squares / (count - 1).clamp(min=1))
 
 
+def merge_moments(moments: Tensor) -> Tensor:
+    """Moments of all processes from each one's own.
+
+    Args:
+        moments: fp64 `[3]`: count, mean, sum of squared deviations from the mean.
+
+    Returns:
+        The same of everything (Chan, Golub and LeVeque 1983), equal bits in every process.
+    """
+    gathered = [torch.empty_like(moments) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, moments)
+    counts, means, squares = torch.stack(gathered).unbind(1)
+    total = counts.sum()
+    # Weighed around one of the means, equal ones merge without a rounding.
+    pivot = means[counts.argmax()]
+    mean = pivot + (counts * (means - pivot)).sum() / total.clamp(min=1)
+    return torch.stack([total, mean, (squares + counts * (means - mean).square()).sum()])
+
+
 def masked_mean_reference(x: Tensor, mask: Tensor, *, across_processes: bool = False) -> Tensor:
     """`masked_mean` in PyTorch, arguments unchecked: what every backend must compute."""
-    return _moments(x.to(stats_dtype(x.dtype)), mask != 0, across_processes).mean
+    return _moments(x, mask != 0, across_processes).mean.to(stats_dtype(x.dtype))
 
 
 def masked_var_reference(x: Tensor, mask: Tensor, *, across_processes: bool = False) -> Tensor:
     """`masked_var` in PyTorch, arguments unchecked: what every backend must compute."""
-    return _moments(x.to(stats_dtype(x.dtype)), mask != 0, across_processes).variance
+    return _moments(x, mask != 0, across_processes).variance.to(stats_dtype(x.dtype))
 
 
 def masked_whiten_reference(
@@ -63,10 +82,10 @@ def masked_whiten_reference(
 ) -> Tensor:
     """`masked_whiten` in PyTorch, arguments unchecked: what every backend must compute."""
     mask = mask != 0
-    x = torch.where(mask, x.to(stats_dtype(x.dtype)), 0.0)
     mean, variance = _moments(x, mask, across_processes)
-    whitened = (x - mean) * (variance + EPS).rsqrt()
-    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+    whitened = (torch.where(mask, x, 0.0).double() - mean) * (variance + EPS).rsqrt()
+    whitened = torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+    return whitened.to(stats_dtype(x.dtype))
 
 
 def masked_mean(

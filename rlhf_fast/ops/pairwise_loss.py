@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
-from rlhf_fast.ops._checks import floating, require, same_shape, stats_dtype
+from rlhf_fast.ops._checks import floating, number, same_shape, stats_dtype
 
 
 def pairwise_loss_reference(
@@ -77,6 +77,6 @@ def pairwise_loss(
         rejected=rejected,
         margin=margin if isinstance(margin, Tensor) else None,
     )
-    require(center >= 0.0, f"{op}: center={center}; expected a number >= 0")
+    number(op, "center", center, center >= 0.0, "a number >= 0")
     resolve(op, chosen.device, backend, chosen.dtype)
     return pairwise_loss_reference(chosen, rejected, margin=margin, center=center)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
-from rlhf_fast.ops._checks import floating, one_of, require, same_shape, stats_dtype
-from rlhf_fast.ops._reduce import AGGREGATIONS, aggregate, check_normalizer
-from rlhf_fast.ops._sequences import check_layout, per_token, sequence_sum
+from rlhf_fast.ops._checks import stats_dtype
+from rlhf_fast.ops._policy_loss_checks import check_policy_loss
+from rlhf_fast.ops._policy_loss_kernel import run_kernel
+from rlhf_fast.ops._reduce import aggregate
+from rlhf_fast.ops._sequences import per_token, sequence_sum
 from rlhf_fast.ops._softmax import exp_excess
-from rlhf_fast.ops.kl_estimate import MAX_LOG_RATIO, kl_estimate_reference
-
-RATIOS = ("token", "sequence", "none", "cispo")
-KL_KINDS = ("k2", "k3")
-HUGE = 1e18
-"""Stands in for an infinite log-prob: sums of it and its square stay finite in fp32."""
+from rlhf_fast.ops.kl_estimate import HUGE, MAX_LOG_RATIO, kl_estimate_reference
 
 
 def policy_loss_reference(
@@ -39,6 +37,7 @@ def policy_loss_reference(
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_kind: str = "k2",
+    kl_unbiased_gradient: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` in PyTorch, arguments unchecked: what every backend must compute."""
@@ -93,7 +92,13 @@ def policy_loss_reference(
         if entropy_coef != 0.0:
             total = total - entropy_coef * terms["entropy"]
     if ref_logprobs is not None:
-        kl = kl_estimate_reference(new, counted(ref_logprobs.detach()), kind=kl_kind)
+        kl = kl_estimate_reference(
+            new,
+            counted(ref_logprobs.detach()),
+            kind=kl_kind,
+            old_logprobs=old if kl_unbiased_gradient else None,
+            unbiased_gradient=kl_unbiased_gradient,
+        )
     if kl is not None:
         terms["kl_ref"] = mean(kl.to(dtype))
         if kl_coef != 0.0:
@@ -134,6 +139,7 @@ def policy_loss(
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_kind: str = "k2",
+    kl_unbiased_gradient: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,14 +171,17 @@ def policy_loss(
     - `constant`: sum over tokens / `normalizer` (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
 
     Sequences without a token that counts are not in any mean; if no token counts at all the loss is
-    a differentiable 0. Log-ratios are bounded to +-20 before they are exponentiated (no gradient
-    beyond), and infinite log-probs are taken as +-1e18, so that a ratio is never NaN. Only
+    a differentiable 0. Log-ratios are bounded to +-20 (no gradient beyond) in ratios and in the
+    statistics, and log-probs, advantages and weights to +-1e18, infinite ones too, so that a ratio
+    is never NaN; a ratio exactly at a bound has its full gradient. Only
     `logprobs`, `entropy` and `kl` get gradients; all else is constant.
 
-    The KL to the reference is k2 or k3 of `ref_logprobs`; any other, such as the exact one of
-    `full_kl` or an importance-corrected `kl_estimate`, is given ready-made in `kl`, like `entropy`.
-    On-policy, k2's gradient is that of the reverse KL and k3's that of the forward KL. k1 is
-    refused: its gradient, the score function, has expectation zero. It belongs in the reward.
+    The KL to the reference is `kl_estimate` of `ref_logprobs`; any other, such as the exact one of
+    `full_kl`, is given ready-made in `kl`, like `entropy`. On-policy, k2's gradient is that of the
+    reverse KL and k3's that of the forward KL; off-policy neither is. `kl_unbiased_gradient=True`
+    keeps the value and takes the reverse KL's gradient, corrected for tokens that the old policy
+    sampled, in its place. Without it k1 is refused: its gradient, the score function, has
+    expectation zero; it belongs in the reward.
 
     Args:
         logprobs: `[B, T]`, or packed `[N]` with `cu_seqlens`: the tokens' log-probs, floating.
@@ -198,12 +207,14 @@ def policy_loss(
         ref_logprobs: same shape: the tokens' log-probs under the reference.
         kl: same shape: a KL to the reference per token, instead of `ref_logprobs`.
         kl_coef: weight of the KL.
-        kl_kind: k2 or k3; of `ref_logprobs`.
+        kl_kind: k2 or k3, with `kl_unbiased_gradient` also k1; of `ref_logprobs`.
+        kl_unbiased_gradient: see `kl_estimate`, with `old_logprobs` as those that sampled.
         cu_seqlens: `[B + 1]` int32 offsets of packed sequences, from 0 to N.
         backend: the implementation to use; None takes the first that fits.
 
     Returns:
-        (loss, metrics), fp32 (fp64 for fp64 `logprobs`), 0-d. The metrics are detached:
+        (loss, metrics), fp32 (fp64 for fp64 `logprobs`), 0-d, on the input's device: nothing waits
+        for them. The loss is differentiable once. The metrics are detached:
 
         - `policy_loss`, `entropy` and `kl_ref` (where given): the terms of the loss;
         - `clip_fraction_low`, `clip_fraction_high`: tokens whose ratio lies beyond the bound and
@@ -220,81 +231,7 @@ def policy_loss(
         TypeError: a tensor is not floating, or `cu_seqlens` not integral.
         ValueError: shapes, devices or options do not fit.
     """
-    op = "policy_loss"
-    floating(
-        op,
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        importance_weights=importance_weights,
-        entropy=entropy,
-        ref_logprobs=ref_logprobs,
-        kl=kl,
-    )
-    same_shape(
-        op,
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        mask=mask,
-        entropy=entropy,
-        ref_logprobs=ref_logprobs,
-        kl=kl,
-    )
-    batch = check_layout(op, "logprobs", logprobs, cu_seqlens)
-    for name, tensor in (("advantages", advantages), ("importance_weights", importance_weights)):
-        if tensor is not None:
-            require(
-                tensor.shape in (logprobs.shape, (batch,)) and tensor.device == logprobs.device,
-                f"{op}: {name} has shape {list(tensor.shape)} on {tensor.device}; expected "
-                f"{list(logprobs.shape)}, or [{batch}] for one per sequence, on {logprobs.device}",
-            )
-    one_of(op, "ratio", ratio, RATIOS)
-    one_of(op, "aggregation", aggregation, AGGREGATIONS)
-    for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
-        require(
-            bound is None or bound >= 0.0,
-            f"{op}: {name}={bound}; expected a number >= 0, or None for no bound",
-        )
-    require(
-        dual_clip is None or dual_clip > 1.0,
-        f"{op}: dual_clip={dual_clip}; expected a number > 1, or None",
-    )
-    require(
-        dual_clip is None or ratio in ("token", "sequence"),
-        f"{op}: dual_clip={dual_clip} with ratio={ratio!r}, whose loss is not proportional to a "
-        "ratio; leave dual_clip out",
-    )
-    require(
-        aggregation != "constant" or normalizer is not None,
-        f"{op}: aggregation='constant' divides by a constant of yours; pass it as normalizer, "
-        "for instance sequences * maximal length",
-    )
-    check_normalizer(op, normalizer)
-    require(
-        entropy is not None or entropy_coef == 0.0,
-        f"{op}: entropy_coef={entropy_coef} needs entropy; pass it, or entropy_coef=0",
-    )
-    require(
-        kl_kind != "k1",
-        f"{op}: kl_kind='k1': on-policy the gradient of k1 in the loss is zero in expectation, it "
-        "would only add noise; take k2, or put k1 in the reward (ppo_advantages does)",
-    )
-    require(
-        kl_kind in KL_KINDS,
-        f"{op}: kl_kind={kl_kind!r} is unknown; choose one of 'k2', 'k3', or pass any other "
-        "per-token KL, such as full_kl's, as kl",
-    )
-    require(
-        ref_logprobs is None or kl is None,
-        f"{op}: both ref_logprobs and kl are given; the KL is either estimated from the first or "
-        "taken from the second: leave one out",
-    )
-    require(
-        ref_logprobs is not None or kl is not None or kl_coef == 0.0,
-        f"{op}: kl_coef={kl_coef} needs ref_logprobs or kl; pass one, or kl_coef=0",
-    )
-    resolve(op, logprobs.device, backend, logprobs.dtype)
-    return policy_loss_reference(
+    check_policy_loss(
         logprobs,
         old_logprobs,
         advantages,
@@ -312,5 +249,29 @@ def policy_loss(
         kl=kl,
         kl_coef=kl_coef,
         kl_kind=kl_kind,
+        kl_unbiased_gradient=kl_unbiased_gradient,
+        cu_seqlens=cu_seqlens,
+    )
+    impl = resolve("policy_loss", logprobs.device, backend, stats_dtype(logprobs.dtype))
+    compute = policy_loss_reference if impl is None else partial(run_kernel, impl)
+    return compute(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        ratio=ratio,
+        aggregation=aggregation,
+        normalizer=normalizer,
+        importance_weights=importance_weights,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        ref_logprobs=ref_logprobs,
+        kl=kl,
+        kl_coef=kl_coef,
+        kl_kind=kl_kind,
+        kl_unbiased_gradient=kl_unbiased_gradient,
         cu_seqlens=cu_seqlens,
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_fast.backends import resolve
-from rlhf_fast.ops._checks import floating, require, same_shape, stats_dtype
-from rlhf_fast.ops._sequences import check_layout, is_last_token, per_token
-from rlhf_fast.ops.gae import gae
-from rlhf_fast.ops.masked import masked_whiten_reference
+from rlhf_fast.backends import Impl, resolve
+from rlhf_fast.ops._checks import floating, number, same_shape, stats_dtype
+from rlhf_fast.ops._scan_checks import check_coefficients, check_per_sequence
+from rlhf_fast.ops._sequences import check_layout, is_last_token, per_token, sequence_sum
+from rlhf_fast.ops.gae import gae_reference, split_coefficient
+from rlhf_fast.ops.masked import masked_whiten_reference, merge_moments
 
 
 @torch.no_grad()
@@ -24,13 +29,13 @@ def ppo_advantages_reference(
     gamma: float | Tensor = 1.0,
     lam: float | Tensor = 0.95,
     value_lam: float | Tensor | None = None,
+    adaptive_lam: float | None = None,
     whiten: bool = True,
     missing_eos_penalty: float | None = None,
     finished: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ppo_advantages` in PyTorch around `gae`: what every backend must compute."""
+    """`ppo_advantages` in PyTorch, arguments unchecked: what every backend must compute."""
     dtype = stats_dtype(logprobs.dtype)
     mask = mask != 0
     scores, values = scores.to(dtype), values.to(dtype)
@@ -43,16 +48,13 @@ def ppo_advantages_reference(
         rewards = -kl_coef * log_ratio
     last = is_last_token(mask, cu_seqlens)
     rewards = rewards + torch.where(last, per_token(scores, mask, cu_seqlens), 0.0)
+    if adaptive_lam is not None:
+        tokens = sequence_sum(mask.to(dtype), cu_seqlens).clamp(min=1)
+        lam = (1.0 - 1.0 / (adaptive_lam * tokens)).clamp(min=0.0)
 
     def estimate(coefficient: float | Tensor) -> tuple[Tensor, Tensor]:
-        return gae(
-            rewards,
-            values,
-            mask,
-            gamma=gamma,
-            lam=coefficient,
-            cu_seqlens=cu_seqlens,
-            backend=backend,
+        return gae_reference(
+            rewards, values, mask, gamma=gamma, lam=coefficient, cu_seqlens=cu_seqlens
         )
 
     advantages, returns = estimate(lam)
@@ -60,6 +62,62 @@ def ppo_advantages_reference(
         returns = estimate(value_lam)[1]
     if whiten:
         advantages = masked_whiten_reference(advantages, mask)
+    return advantages, returns, rewards
+
+
+@torch.no_grad()
+def _run_kernel(
+    impl: Impl,
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    value_lam: float | Tensor | None,
+    adaptive_lam: float | None,
+    whiten: bool,
+    missing_eos_penalty: float | None,
+    finished: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ppo_advantages` of checked arguments: one launch, and one more that whitens."""
+    assert impl.forward is not None and impl.backward is not None
+    dtype = stats_dtype(logprobs.dtype)
+    if kl_coef == 0.0:
+        ref_logprobs = None
+    if missing_eos_penalty is None:
+        finished = None
+    mask = mask if mask.dtype == torch.bool else mask != 0
+    gammas, gamma_value = split_coefficient(gamma, dtype)
+    lams, lam_value = split_coefficient(lam, dtype)
+    value_lams, value_lam_value = split_coefficient(-1.0 if value_lam is None else value_lam, dtype)
+    advantages, returns, rewards, moments = impl.forward(
+        scores.to(dtype),
+        logprobs.to(dtype),
+        None if ref_logprobs is None else ref_logprobs.to(dtype),
+        values.to(dtype),
+        mask,
+        gammas,
+        lams,
+        value_lams,
+        None if finished is None else finished != 0,
+        None if cu_seqlens is None else cu_seqlens.to(torch.int32),
+        gamma_value,
+        lam_value,
+        value_lam_value,
+        adaptive_lam or 0.0,
+        float(kl_coef),
+        float(missing_eos_penalty or 0.0),
+        whiten,
+    )
+    if whiten:
+        if dist.is_available() and dist.is_initialized():
+            moments = merge_moments(moments)
+        impl.backward(advantages, mask, moments)
     return advantages, returns, rewards
 
 
@@ -74,6 +132,7 @@ def ppo_advantages(
     gamma: float | Tensor = 1.0,
     lam: float | Tensor = 0.95,
     value_lam: float | Tensor | None = None,
+    adaptive_lam: float | None = None,
     whiten: bool = True,
     missing_eos_penalty: float | None = None,
     finished: Tensor | None = None,
@@ -98,11 +157,14 @@ def ppo_advantages(
         values: the same shape: the critic's estimates.
         mask: the same shape, any dtype; nonzero where a token counts. Gaps (tool output) are
             carried over. What lies under it touches nothing.
-        kl_coef: weight of the KL reward; 0 leaves it out.
+        kl_coef: weight of the KL reward, >= 0; 0 leaves it out.
         gamma: discount in [0, 1], a float or `[B]`.
         lam: GAE's lambda in [0, 1], a float or `[B]`.
         value_lam: lambda of the returns, if it is another one (decoupled GAE: Yuan et al. 2025,
             arXiv:2503.01491, and VAPO, arXiv:2504.05118, with 1); None takes `lam`.
+        adaptive_lam: alpha > 0 of the length-adaptive lambda (VAPO, with 0.05): a sequence of n
+            tokens that count gets `max(0, 1 - 1 / (alpha n))` for its advantages, in place of
+            `lam`; with `value_lam` None its returns too.
         whiten: whether the advantages are whitened; then every process must make the call.
         missing_eos_penalty: *subtracted* from the score of completions that did not finish, as in
             TRL. The code of the 2019 and TL;DR papers *replaces* that score (by -1) instead; for
@@ -123,23 +185,23 @@ def ppo_advantages(
     floating(op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
     same_shape(op, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, mask=mask)
     batch = check_layout(op, "logprobs", logprobs, cu_seqlens)
-    for name, tensor in (("scores", scores), ("finished", finished)):
-        require(
-            tensor is None or (tensor.shape == (batch,) and tensor.device == logprobs.device),
-            f"{op}: {name} has shape {None if tensor is None else list(tensor.shape)}; expected "
-            f"one element per sequence, [{batch}], on {logprobs.device}",
+    check_per_sequence(op, batch, logprobs, scores=scores, finished=finished)
+    check_coefficients(op, batch, logprobs, gamma=gamma, lam=lam, value_lam=value_lam)
+    number(op, "kl_coef", kl_coef, 0.0 <= kl_coef < math.inf, "a finite number >= 0")
+    if ref_logprobs is None and kl_coef != 0.0:
+        raise ValueError(f"{op}: kl_coef={kl_coef} needs ref_logprobs; pass them, or kl_coef=0")
+    if missing_eos_penalty is not None and finished is None:
+        raise ValueError(
+            f"{op}: missing_eos_penalty={missing_eos_penalty} needs finished [B]: which "
+            "completions ended with their end-of-sequence token"
         )
-    require(
-        ref_logprobs is not None or kl_coef == 0.0,
-        f"{op}: kl_coef={kl_coef} needs ref_logprobs; pass them, or kl_coef=0",
-    )
-    require(
-        missing_eos_penalty is None or finished is not None,
-        f"{op}: missing_eos_penalty={missing_eos_penalty} needs finished [B]: which completions "
-        "ended with their end-of-sequence token",
-    )
-    resolve(op, logprobs.device, backend, logprobs.dtype)
-    return ppo_advantages_reference(
+    fits = missing_eos_penalty is None or -math.inf < missing_eos_penalty < math.inf
+    number(op, "missing_eos_penalty", missing_eos_penalty, fits, "a finite number, or None")
+    fits = adaptive_lam is None or adaptive_lam > 0.0
+    number(op, "adaptive_lam", adaptive_lam, fits, "alpha > 0 (VAPO: 0.05), or None")
+    impl = resolve(op, logprobs.device, backend, stats_dtype(logprobs.dtype))
+    compute = ppo_advantages_reference if impl is None else partial(_run_kernel, impl)
+    return compute(
         scores,
         logprobs,
         ref_logprobs,
@@ -149,9 +211,9 @@ def ppo_advantages(
         gamma=gamma,
         lam=lam,
         value_lam=value_lam,
+        adaptive_lam=adaptive_lam,
         whiten=whiten,
         missing_eos_penalty=missing_eos_penalty,
         finished=finished,
         cu_seqlens=cu_seqlens,
-        backend=backend,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
@@ -13,12 +14,15 @@ def ranking_loss_reference(scores: Tensor, ranks: Tensor) -> tuple[Tensor, dict[
     """`ranking_loss` in PyTorch, arguments unchecked: what every backend must compute."""
     present = ranks > 0
     s = torch.where(present, scores.to(stats_dtype(scores.dtype)), 0.0)
-    # [B, K, K], row i: what competes with i for its place. i itself, also where absent, so that
-    # the logsumexp of a row that is masked afterwards is finite.
+    # [B, K, K], row i: the others that compete with i for its place, by their lead over it. Without
+    # i itself: -log of its share is softplus of the others' logsumexp, and a sure winner keeps its
+    # bits, as does a list with a common offset.
     itself = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
-    competes = (present[:, None, :] & (ranks[:, None, :] >= ranks[:, :, None])) | itself
-    log_total = torch.where(competes, s[:, None, :], -torch.inf).logsumexp(2)
-    nll = torch.where(present, log_total - s, 0.0).sum(1)
+    rivals = present[:, None, :] & (ranks[:, None, :] >= ranks[:, :, None]) & ~itself
+    contested = present & rivals.any(2)
+    leads = torch.where(rivals, s[:, None, :] - s[:, :, None], -torch.inf)
+    leads = torch.where(contested[:, :, None], leads, 0.0)  # a finite logsumexp where none competes
+    nll = torch.where(contested, -F.logsigmoid(-leads.logsumexp(2)), 0.0).sum(1)
     lists = (present.sum(1) > 1).sum().clamp(min=1)
     loss = nll.sum() / lists
     with torch.no_grad():

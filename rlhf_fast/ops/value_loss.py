@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rlhf_fast.backends import resolve
-from rlhf_fast.ops._checks import floating, require, same_shape, stats_dtype
-from rlhf_fast.ops._reduce import aggregate, check_normalizer
+from rlhf_fast.backends import Impl, resolve
+from rlhf_fast.ops._checks import (
+    differentiable_once,
+    floating,
+    number,
+    same_shape,
+    stats_dtype,
+)
+from rlhf_fast.ops._reduce import aggregate, check_normalizer, split_normalizer
 from rlhf_fast.ops.masked import masked_var_reference
+
+METRICS = ("value_clip_fraction", "explained_variance", "value_mean", "return_mean")
+"""What a launcher's `out` [5] holds, in order; the last one is the divisor."""
 
 
 def value_loss_reference(
@@ -47,6 +59,44 @@ def value_loss_reference(
             "return_mean": mean(target),
         }
     return loss, metrics
+
+
+class _ValueLoss(torch.autograd.Function):
+    """Any backend's `value_loss`; keeps the gradient, but for its divisor, and the statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        impl: Impl,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        mask: Tensor,
+        normalizer: Tensor | None,
+        normalizer_value: float,
+        clip: float,
+    ) -> tuple[Tensor, Tensor]:
+        assert impl.forward is not None
+        loss, out, grad = impl.forward(
+            values,
+            old_values,
+            returns,
+            mask,
+            normalizer,
+            normalizer_value,
+            clip,
+            ctx.needs_input_grad[1],
+        )
+        ctx.save_for_backward(out, grad)
+        ctx.impl = impl
+        ctx.mark_non_differentiable(out)
+        return loss, out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+        out, grad = ctx.saved_tensors
+        return None, ctx.impl.backward(grad_loss, out, grad), *[None] * 6
 
 
 def value_loss(
@@ -96,7 +146,21 @@ def value_loss(
     op = "value_loss"
     floating(op, values=values, old_values=old_values, returns=returns)
     same_shape(op, values=values, old_values=old_values, returns=returns, mask=mask)
-    require(clip is None or clip >= 0.0, f"{op}: clip={clip}; expected a number >= 0, or None")
+    number(op, "clip", clip, clip is None or clip >= 0.0, "a number >= 0, or None")
     check_normalizer(op, normalizer)
-    resolve(op, values.device, backend, values.dtype)
-    return value_loss_reference(values, old_values, returns, mask, clip=clip, normalizer=normalizer)
+    dtype = stats_dtype(values.dtype)
+    impl = resolve(op, values.device, backend, dtype)
+    if impl is None:
+        return value_loss_reference(
+            values, old_values, returns, mask, clip=clip, normalizer=normalizer
+        )
+    loss, out = _ValueLoss.apply(
+        impl,
+        values.to(dtype),
+        old_values.detach().to(dtype),
+        returns.detach().to(dtype),
+        mask if mask.dtype == torch.bool else mask != 0,
+        *split_normalizer(normalizer, dtype, values.device),
+        math.inf if clip is None else float(clip),
+    )
+    return loss, dict(zip(METRICS, out.unbind(), strict=False))

@@ -1,12 +1,39 @@
+"""ppo_advantages: hand-computed numbers, the papers' sums, and every backend against both.
+
+Whitening has a file of its own, test_ppo_whitening.py.
+"""
+
+import functools
 import math
 import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from backend_cases import calls, cases
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast.ops.ppo_advantages import ppo_advantages
+from rlhf_fast.ops.ppo_advantages import ppo_advantages, ppo_advantages_reference
+
+OP = "ppo_advantages"
+
+
+@pytest.fixture(params=cases(OP))
+def run(request, monkeypatch):
+    """`ppo_advantages` through one backend."""
+    yield from calls(OP, ppo_advantages, request.param, monkeypatch)
+
+
+@pytest.fixture(params=cases(OP, dtype=torch.float64))
+def run64(request, monkeypatch):
+    """As `run`, where fp64 is computed."""
+    yield from calls(OP, ppo_advantages, request.param, monkeypatch)
+
+
+@pytest.fixture(params=cases(OP, reference=False, interpreter=False))
+def run_long(request, monkeypatch):
+    """As `run`, without what takes minutes on long inputs."""
+    yield from calls(OP, ppo_advantages, request.param, monkeypatch)
 
 
 def published(score, lp, ref, values, kl_coef, gamma, lam):
@@ -32,13 +59,13 @@ def batch(seed, sequences=4, length=6):
     return scores, *torch.where(mask, tokens, garbage).unbind(), mask
 
 
-def test_hand_worked_rewards_advantages_and_returns():
+def test_hand_worked_rewards_advantages_and_returns(run):
     scores = torch.tensor([2.0, 1.0])
     logprobs = torch.tensor([[-1.0, -2.0, math.nan], [-1.0, math.inf, -0.5]])
     ref = torch.tensor([[-2.0, -2.0, 0.0], [-1.0, 0.0, -1.5]])
     values = torch.tensor([[1.0, 0.5, 9.0], [0.5, math.nan, 0.25]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
-    advantages, returns, rewards = ppo_advantages(
+    advantages, returns, rewards = run(
         scores, logprobs, ref, values, mask, kl_coef=0.5, gamma=1.0, lam=0.5, whiten=False
     )
     assert rewards.tolist() == [[-0.5, 2.0, 0.0], [0.0, 0.0, 0.5]]
@@ -48,12 +75,14 @@ def test_hand_worked_rewards_advantages_and_returns():
     assert returns.tolist() == [[0.75, 2.0, 0.0], [0.375, 0.0, 0.5]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 2**31), st.sampled_from([(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (0.8, 1.0)]))
-def test_random_masks_equal_deleting_what_they_hide(seed, coefficients):
+def test_random_masks_equal_deleting_what_they_hide(run64, seed, coefficients):
     gamma, lam = coefficients
     scores, logprobs, ref, values, mask = batch(seed)
-    got = ppo_advantages(
+    got = run64(
         scores, logprobs, ref, values, mask, kl_coef=0.3, gamma=gamma, lam=lam, whiten=False
     )
     for b, keep in enumerate(mask):
@@ -64,13 +93,13 @@ def test_random_masks_equal_deleting_what_they_hide(seed, coefficients):
             assert (result[b][~keep] == 0).all()
 
 
-def test_packed_tokens_give_what_padded_ones_do():
+def test_packed_tokens_give_what_padded_ones_do(run64):
     scores, logprobs, ref, values, mask = batch(3)
     options = {"kl_coef": 0.1, "lam": torch.tensor([0.9, 0.5, 1.0, 0.0], dtype=torch.float64)}
     inside = torch.arange(6) < torch.tensor([4, 0, 6, 2])[:, None]
     mask = mask & inside
-    padded = ppo_advantages(scores, logprobs, ref, values, mask, **options)
-    packed = ppo_advantages(
+    padded = run64(scores, logprobs, ref, values, mask, **options)
+    packed = run64(
         scores,
         *(x[inside] for x in (logprobs, ref, values, mask)),
         cu_seqlens=torch.tensor([0, 4, 4, 10, 12], dtype=torch.int32),
@@ -80,29 +109,29 @@ def test_packed_tokens_give_what_padded_ones_do():
         torch.testing.assert_close(a[inside], b)
 
 
-def test_padding_side_and_amount_do_not_matter():
+def test_padding_side_and_amount_do_not_matter(run64):
     scores, logprobs, ref, values, mask = batch(5)
-    plain = ppo_advantages(scores, logprobs, ref, values, mask, kl_coef=0.1)
+    plain = run64(scores, logprobs, ref, values, mask, kl_coef=0.1)
     for left, right in ((3, 0), (0, 2), (1, 4)):
         pad = torch.nn.functional.pad
         wide = (pad(x, (left, right), value=math.nan) for x in (logprobs, ref, values))
-        got = ppo_advantages(scores, *wide, pad(mask, (left, right)), kl_coef=0.1)
+        got = run64(scores, *wide, pad(mask, (left, right)), kl_coef=0.1)
         for a, b in zip(plain, got, strict=True):
             torch.testing.assert_close(b, pad(a, (left, right)))
 
 
-def test_permuting_the_batch_permutes_the_results():
+def test_permuting_the_batch_permutes_the_results(run64):
     data = batch(7)
     order = torch.tensor([2, 0, 3, 1])
-    plain = ppo_advantages(*data, kl_coef=0.1)
-    permuted = ppo_advantages(*(x[order] for x in data), kl_coef=0.1)
+    plain = run64(*data, kl_coef=0.1)
+    permuted = run64(*(x[order] for x in data), kl_coef=0.1)
     for a, b in zip(plain, permuted, strict=True):
         torch.testing.assert_close(a[order], b)
 
 
-def test_lambda_one_is_monte_carlo_minus_the_value():
+def test_lambda_one_is_monte_carlo_minus_the_value(run64):
     scores, logprobs, ref, values, mask = batch(9)
-    advantages, returns, rewards = ppo_advantages(
+    advantages, returns, rewards = run64(
         scores, logprobs, ref, values, mask, kl_coef=0.2, lam=1.0, whiten=False
     )
     to_go = rewards.flip(1).cumsum(1).flip(1)
@@ -110,10 +139,10 @@ def test_lambda_one_is_monte_carlo_minus_the_value():
     torch.testing.assert_close(advantages[mask], (to_go - values)[mask])
 
 
-def test_advantages_are_whitened_after_the_returns_were_taken():
+def test_advantages_are_whitened_after_the_returns_were_taken(run64):
     data = batch(11)
-    raw, returns, _ = ppo_advantages(*data, kl_coef=0.2, whiten=False)
-    whitened, same, _ = ppo_advantages(*data, kl_coef=0.2)
+    raw, returns, _ = run64(*data, kl_coef=0.2, whiten=False)
+    whitened, same, _ = run64(*data, kl_coef=0.2)
     assert torch.equal(returns, same)
     mask = data[-1]
     counting = raw[mask].tolist()
@@ -121,22 +150,22 @@ def test_advantages_are_whitened_after_the_returns_were_taken():
     assert whitened[mask].tolist() == pytest.approx([(a - mean) / deviation for a in counting])
 
 
-def test_value_lambda_changes_the_returns_alone():
+def test_value_lambda_changes_the_returns_alone(run64):
     data = batch(13)
-    advantages, returns, _ = ppo_advantages(*data, kl_coef=0.2, lam=0.9, value_lam=1.0)
-    plain, _, _ = ppo_advantages(*data, kl_coef=0.2, lam=0.9)
-    _, monte_carlo, _ = ppo_advantages(*data, kl_coef=0.2, lam=1.0)
-    assert torch.equal(advantages, plain)
-    assert torch.equal(returns, monte_carlo)
+    advantages, returns, _ = run64(*data, kl_coef=0.2, lam=0.9, value_lam=1.0)
+    plain, _, _ = run64(*data, kl_coef=0.2, lam=0.9)
+    _, monte_carlo, _ = run64(*data, kl_coef=0.2, lam=1.0)
+    torch.testing.assert_close(advantages, plain, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(returns, monte_carlo, rtol=1e-14, atol=1e-14)
 
 
-def test_coefficients_may_differ_by_sequence():
+def test_coefficients_may_differ_by_sequence(run64):
     data = batch(15)
     lam = torch.tensor([0.0, 0.5, 0.9, 1.0], dtype=torch.float64)
     gamma = torch.tensor([1.0, 0.9, 1.0, 0.8], dtype=torch.float64)
-    together = ppo_advantages(*data, kl_coef=0.2, lam=lam, gamma=gamma, whiten=False)
+    together = run64(*data, kl_coef=0.2, lam=lam, gamma=gamma, whiten=False)
     for b in range(4):
-        alone = ppo_advantages(
+        alone = run64(
             *(x[b : b + 1] for x in data),
             kl_coef=0.2,
             lam=lam[b].item(),
@@ -147,10 +176,10 @@ def test_coefficients_may_differ_by_sequence():
             torch.testing.assert_close(a[b : b + 1], c)
 
 
-def test_missing_eos_penalty_is_subtracted_from_unfinished_scores():
+def test_missing_eos_penalty_is_subtracted_from_unfinished_scores(run64):
     scores, logprobs, ref, values, mask = batch(17)
     finished = torch.tensor([1, 0, 0, 1])
-    got = ppo_advantages(
+    got = run64(
         scores,
         logprobs,
         ref,
@@ -161,52 +190,204 @@ def test_missing_eos_penalty_is_subtracted_from_unfinished_scores():
         finished=finished,
     )
     lowered = scores - torch.tensor([0.0, 1.5, 1.5, 0.0])
-    want = ppo_advantages(lowered, logprobs, ref, values, mask, kl_coef=0.2)
+    want = run64(lowered, logprobs, ref, values, mask, kl_coef=0.2)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_a_sequence_without_tokens_contributes_nothing_even_with_a_broken_score():
+def test_a_sequence_without_tokens_contributes_nothing_even_with_a_broken_score(run64):
     scores, logprobs, ref, values, mask = batch(19)
     mask[1] = False
     scores[1] = math.nan
-    got = ppo_advantages(scores, logprobs, ref, values, mask, kl_coef=0.2)
+    got = run64(scores, logprobs, ref, values, mask, kl_coef=0.2)
     rest = torch.tensor([0, 2, 3])
-    want = ppo_advantages(
-        scores[rest], logprobs[rest], ref[rest], values[rest], mask[rest], kl_coef=0.2
-    )
+    want = run64(scores[rest], logprobs[rest], ref[rest], values[rest], mask[rest], kl_coef=0.2)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a[rest], b)
         assert (a[1] == 0).all()
 
 
-def test_without_kl_no_reference_is_needed_or_read():
+def test_without_kl_no_reference_is_needed_or_read(run64):
     scores, logprobs, ref, values, mask = batch(21)
-    without = ppo_advantages(scores, logprobs, None, values, mask, kl_coef=0.0)
-    ignored = ppo_advantages(scores, logprobs, ref * math.inf, values, mask, kl_coef=0.0)
+    without = run64(scores, logprobs, None, values, mask, kl_coef=0.0)
+    ignored = run64(scores, logprobs, ref * math.inf, values, mask, kl_coef=0.0)
     for a, b in zip(without, ignored, strict=True):
         assert torch.equal(a, b)
     assert without[2].sum().item() == pytest.approx(scores[mask.any(1)].sum().item())
 
 
-def test_results_are_constants_in_fp32():
+def test_results_are_constants_in_fp32(run):
     scores, logprobs, ref, values, mask = batch(23)
     half = [x.bfloat16().requires_grad_() for x in (scores, logprobs, ref, values)]
-    for result in ppo_advantages(*half, mask, kl_coef=0.1):
+    for result in run(*half, mask, kl_coef=0.1):
         assert result.dtype == torch.float32
         assert not result.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
-def test_nothing_that_counts_gives_zeros(shape):
+def test_nothing_that_counts_gives_zeros(run, shape):
     x = torch.full(shape, math.nan)
-    for result in ppo_advantages(torch.ones(shape[0]), x, x, x, torch.zeros(shape), kl_coef=0.1):
+    for result in run(torch.ones(shape[0]), x, x, x, torch.zeros(shape), kl_coef=0.1):
         assert torch.equal(result, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3,)])
+def test_packed_sequences_may_all_be_empty(run, shape):
+    cu_seqlens = torch.zeros(shape[0] + 1, dtype=torch.int32)
+    x = torch.zeros(0)
+    for result in run(torch.ones(shape), x, x, x, x, kl_coef=0.1, cu_seqlens=cu_seqlens):
+        assert result.shape == (0,)
+
+
+def test_one_token_gets_its_score_less_its_value(run):
+    one = torch.ones(3, 1)
+    advantages, returns, rewards = run(
+        torch.tensor([1.0, 2.0, 3.0]), one, -one, 4 * one, one, kl_coef=0.25, whiten=False
+    )
+    assert rewards.tolist() == [[0.5], [1.5], [2.5]]
+    assert advantages.tolist() == [[-3.5], [-2.5], [-1.5]]
+    assert returns.tolist() == [[0.5], [1.5], [2.5]]
+
+
+def test_the_adaptive_lambda_grows_with_the_tokens_that_count(run64):
+    # alpha = 0.5; two tokens: lambda = 0, four: 1/2, ten: 0.8, one: 1 - 2 < 0 is 0.
+    scores, logprobs, ref, values, _ = batch(25, length=12)
+    lengths = torch.tensor([2, 4, 10, 1])
+    mask = (torch.arange(12) % 11 != 3) & (torch.arange(12) < (lengths + (lengths > 3))[:, None])
+    assert mask.sum(1).tolist() == lengths.tolist()
+    data = (scores, *(torch.where(mask, x.nan_to_num(0.5), x) for x in (logprobs, ref, values)))
+    for value_lam in (None, 0.25):
+        options = {"kl_coef": 0.2, "gamma": 0.9, "value_lam": value_lam, "whiten": False}
+        adaptive = run64(*data, mask, **options, lam=1.0, adaptive_lam=0.5)
+        by_hand = torch.tensor([0.0, 0.5, 0.8, 0.0], dtype=torch.float64)
+        for a, b in zip(adaptive, run64(*data, mask, **options, lam=by_hand), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("view", ["transposed", "sliced", "expanded"])
+def test_any_strides(run, view):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 4, 24, generator=generator)
+    mask = torch.rand(4, 24, generator=generator) < 0.7
+    scores = torch.randn(8, generator=generator)[::2]
+    if view == "transposed":
+        views = [x.t().contiguous().t() for x in (*tokens, mask)]
+    elif view == "sliced":
+        views = [x[::2, 3:20] for x in (*tokens, mask)]
+        scores = scores[::2]
+    else:
+        views = [x[:1].expand(4, 24) for x in (*tokens, mask)]
+    results = run(scores, *views, kl_coef=0.1, value_lam=0.9)
+    expected = run(scores.clone(), *(x.contiguous() for x in views), kl_coef=0.1, value_lam=0.9)
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, truth)
+
+
+def test_a_broken_token_that_counts_shows_and_no_other_sequence_sees_it(run):
+    x = torch.zeros(2, 9)
+    values = x.clone()
+    values[0, 4] = math.nan
+    advantages, returns, rewards = run(
+        torch.ones(2), x, x, values, torch.ones(2, 9), kl_coef=0.1, whiten=False
+    )
+    assert advantages[0, :5].isnan().all() and returns[0, :5].isnan().all()
+    assert advantages[0, 5:].isfinite().all() and not rewards.isnan().any()
+    assert advantages[1].isfinite().all() and returns[1].isfinite().all()
+    whitened, _, _ = run(torch.ones(2), x, x, values, torch.ones(2, 9), kl_coef=0.1)
+    assert whitened.isnan().all()
+
+
+def error_budget(call, inputs, options):
+    """Asserts that results in fp32 are as near to fp64 truth as the reference in fp32 is."""
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    truth = ppo_advantages_reference(*wide, **options)
+    naive = ppo_advantages_reference(*inputs, **options)
+    for got, exact, rounded in zip(call(*inputs, **options), truth, naive, strict=True):
+        eps = torch.finfo(torch.float32).eps * exact.abs().max().clamp(min=1)
+        assert (got - exact).abs().max() <= (rounded - exact).abs().max() + 8 * eps
+
+
+@pytest.mark.parametrize("shape", [(3, 37), (2, 1100)])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_error_against_fp64_is_that_of_the_reference(run, shape, whiten):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(3, *shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.8
+    scores = torch.randn(shape[0], generator=generator)
+    options = {"kl_coef": 0.1, "gamma": 0.99, "lam": 0.95, "value_lam": 1.0, "whiten": whiten}
+    error_budget(run, (scores, *tokens, mask), options)
+
+
+@pytest.mark.parametrize("shape", [(1, 33_001), (3, 5_003), (300, 130)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_and_many_sequences(run_long, shape, packed):
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randn(3, *shape, generator=generator)
+    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), generator=generator)
+    inside = torch.arange(shape[1]) < lengths
+    mask = inside & (torch.rand(shape, generator=generator) < 0.9)
+    scores = torch.randn(shape[0], generator=generator)
+    options = {"kl_coef": 0.1, "gamma": 0.999, "adaptive_lam": 0.05}
+    inputs = (scores, *tokens, mask)
+    if packed:
+        inputs = (scores, *(x[inside] for x in (*tokens, mask)))
+        options["cu_seqlens"] = torch.cat([torch.zeros(1), lengths.flatten().cumsum(0)]).int()
+    error_budget(run_long, inputs, options)
+
+
+@pytest.mark.parametrize("shape", [(5, 20_001), (64, 1500)])
+def test_bits_do_not_depend_on_threads_or_the_run(run_long, shape):
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randn(3, *shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.9
+    scores = torch.randn(shape[0], generator=generator)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(run_long(scores, *tokens, mask, kl_coef=0.1, value_lam=0.9))
+    for again in results[1:]:
+        assert all(map(torch.equal, again, results[0]))
+
+
+COMPILED = [c for c in cases(OP) if c.values[0].backend in ("cpp", "cuda")]
+
+
+@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("packed", [False, True])
+def test_registered_ops_pass_opcheck(case, packed):
+    tokens = torch.randn(3, 3, 20, device=case.device)
+    mask = torch.rand(3, 20, device=case.device) < 0.7
+    scores, gamma = torch.randn(3, device=case.device), torch.rand(3, device=case.device)
+    finished, cu_seqlens = gamma < 0.5, None
+    if packed:
+        tokens, mask = tokens.flatten(1), mask.flatten()
+        cu_seqlens = torch.tensor([0, 7, 30, 60], dtype=torch.int32, device=case.device)
+    ops = torch.ops.rlhf_fast
+    numbers = (0.9, 0.8, -1.0, 0.0, 0.1, 1.0)
+    for per_sequence in ((gamma, gamma, gamma, finished), (None,) * 4):
+        arguments = (scores, *tokens, mask, *per_sequence, cu_seqlens, *numbers, True)
+        torch.library.opcheck(ops.ppo_advantages_forward, arguments)
+    advantages, _, _, moments = ops.ppo_advantages_forward(*arguments)
+    torch.library.opcheck(ops.ppo_advantages_whiten, (advantages, mask, moments))
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_as_one_graph_for_any_length(case):
+    function = functools.partial(ppo_advantages, kl_coef=0.1, value_lam=0.9, backend=case.backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for length in (20, 33, 51):
+        tokens = torch.randn(3, 3, length, device=case.device)
+        mask = torch.rand(3, length, device=case.device) < 0.7
+        scores = torch.randn(3, device=case.device)
+        for got, expected in zip(
+            compiled(scores, *tokens, mask), function(scores, *tokens, mask), strict=True
+        ):
+            assert torch.equal(got, expected)
 
 
 def test_bad_arguments_are_named():
     scores, x = torch.zeros(2), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"scores has shape \[3\]; expected .* \[2\]"):
+    with pytest.raises(ValueError, match=r"scores has shape \[3\] on cpu; expected .* \[2\]"):
         ppo_advantages(torch.zeros(3), x, x, x, x, kl_coef=0.1)
     with pytest.raises(ValueError, match=r"finished has shape \[2, 3\]"):
         ppo_advantages(scores, x, x, x, x, kl_coef=0.1, finished=x)

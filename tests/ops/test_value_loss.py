@@ -3,18 +3,13 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast.ops.value_loss import value_loss
+from rlhf_fast import ops
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
-def test_hand_worked_loss_gradient_and_metrics():
+def test_hand_worked_loss_gradient_and_metrics(value_loss):
     values = torch.tensor([[1.0, 1.0, 0.1], [-1.0, 9.0, math.nan]], requires_grad=True)
     old = torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
     returns = torch.tensor([[2.0, 0.0, 0.5], [-3.0, math.inf, 0.0]])
@@ -37,7 +32,7 @@ def test_hand_worked_loss_gradient_and_metrics():
     assert metrics["explained_variance"].item() == pytest.approx(explained)
 
 
-def test_without_clipping_it_is_half_the_mean_squared_error():
+def test_without_clipping_it_is_half_the_mean_squared_error(value_loss):
     values, old, returns = torch.randn(3, 2, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()
     loss, metrics = value_loss(values, old, returns, mask, clip=None)
@@ -45,9 +40,11 @@ def test_without_clipping_it_is_half_the_mean_squared_error():
     assert metrics["value_clip_fraction"].item() == 0.0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 2**31), st.sampled_from([None, 0.0, 0.2, 1.0]))
-def test_random_masks_agree_with_a_loop_over_tokens(seed, clip):
+def test_random_masks_agree_with_a_loop_over_tokens(value_loss, seed, clip):
     generator = torch.Generator().manual_seed(seed)
     values, old, returns = torch.randn(3, 3, 4, dtype=torch.float64, generator=generator)
     mask = torch.rand(3, 4, generator=generator) < 0.6
@@ -65,7 +62,7 @@ def test_random_masks_agree_with_a_loop_over_tokens(seed, clip):
     assert packed.item() == pytest.approx(expected)
 
 
-def test_micro_batches_add_up_to_the_whole_batch():
+def test_micro_batches_add_up_to_the_whole_batch(value_loss):
     values, old, returns = torch.randn(3, 6, 5, dtype=torch.float64)
     mask = torch.rand(6, 5) < 0.5
     whole, metrics = value_loss(values, old, returns, mask)
@@ -85,7 +82,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
     assert total == pytest.approx(sum(own) / mask.sum().item())
 
 
-def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_one():
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_one(value_loss):
     returns, ones = torch.randn(2, 6, dtype=torch.float64), torch.ones(2, 6)
     perfect = value_loss(returns, returns, returns, ones)[1]["explained_variance"]
     flat = torch.zeros_like(returns)
@@ -94,7 +91,7 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_
     assert (perfect.item(), constant.item(), no_spread.item()) == (1.0, 0.0, 0.0)
 
 
-def test_gradients_match_finite_differences_and_reach_the_values_only():
+def test_gradients_match_finite_differences_and_reach_the_values_only(value_loss):
     values = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     old = (values.detach() + torch.randn(2, 5) * 0.3).requires_grad_()
     returns = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
@@ -107,7 +104,7 @@ def test_gradients_match_finite_differences_and_reach_the_values_only():
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0), (0,)])
-def test_nothing_that_counts_gives_a_differentiable_zero(shape):
+def test_nothing_that_counts_gives_a_differentiable_zero(value_loss, shape):
     values = torch.full(shape, math.nan, requires_grad=True)
     loss, metrics = value_loss(values, values, values, torch.zeros(shape))
     loss.backward()
@@ -119,10 +116,10 @@ def test_nothing_that_counts_gives_a_differentiable_zero(shape):
 def test_bad_arguments_are_named():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"returns has shape \[3\], but values has \[2, 3\]"):
-        value_loss(x, x, torch.zeros(3), x)
+        ops.value_loss(x, x, torch.zeros(3), x)
     with pytest.raises(ValueError, match=r"clip=-0.2; expected a number >= 0"):
-        value_loss(x, x, x, x, clip=-0.2)
+        ops.value_loss(x, x, x, x, clip=-0.2)
     with pytest.raises(ValueError, match=r"normalizer=0; expected a number > 0"):
-        value_loss(x, x, x, x, normalizer=0)
+        ops.value_loss(x, x, x, x, normalizer=0)
     with pytest.raises(ValueError, match=r"normalizer has shape \[2\]"):
-        value_loss(x, x, x, x, normalizer=torch.ones(2))
+        ops.value_loss(x, x, x, x, normalizer=torch.ones(2))
