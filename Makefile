@@ -11,12 +11,13 @@ READY := $(VENV)/.ready
 BUILT_FROM := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 
 # The first Python of the right version that really runs; `make PYTHON=... demo` overrides.
+NEWEST := 13
 FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
-	"$$python" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	"$$python" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $(NEWEST)))' \
 		2>/dev/null && { echo "$$python"; exit 0; }; done; \
-	echo "no Python 3.11, 3.12 or 3.13 runs here; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
+	echo "no Python from 3.11 to 3.$(NEWEST) runs here; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
 
-.PHONY: help demo test test-slow test-gpu rivals bench bench-gpu lint ci install-check clean
+.PHONY: help demo test test-slow test-gpu test-peers rivals bench bench-gpu lint ci install-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,9 +44,29 @@ test-slow: $(READY)  ## the slow tests: longer learning runs, real data
 test-gpu:  ## the GPU tests, with the current Python and without the network
 	python3 -m pytest -m gpu
 
+# Our dependencies without our build: the tests run the checkout itself. Then the peers, whose own
+# requirements are not wanted, and which know no Python beyond 3.12.
+PEERS := .venv-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check
+DEPENDENCIES := import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")
+$(PEERS)/.ready: NEWEST := 12
+$(PEERS)/.ready: pyproject.toml constraints.txt tests/peers/imports.txt tests/peers/peers.txt
+	@python=$$($(FIND_PYTHON)); \
+	if ! $(PEERS)/bin/python -c 'import pip' 2>/dev/null; then "$$python" -m venv --clear $(PEERS); fi
+	$(PEERS)/bin/python -c '$(DEPENDENCIES)' > $(PEERS)/dependencies.txt
+	$(PEERS_PIP) -c constraints.txt torch
+	$(PEERS_PIP) -c constraints.txt -r $(PEERS)/dependencies.txt -r tests/peers/imports.txt \
+		pytest pytest-timeout
+	$(PEERS_PIP) --no-deps -r tests/peers/peers.txt
+	@touch $@
+
+test-peers: $(PEERS)/.ready  ## our ops against verl's, OpenRLHF's and TRL's own code
+	$(PEERS)/bin/python -m pytest tests/peers
+
 rivals: $(READY)  ## the wheels that the benchmarks compare with, into .benchmarks/rivals
 	mkdir -p .benchmarks/rivals
-	for wheel in openrlhf==0.11.2 trl==1.16.0; do \
+	for wheel in openrlhf==0.11.2 trl==1.16.0 verl==0.9.1; do \
 		$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
 			--dest .benchmarks/rivals $$wheel \
 			|| echo "$$wheel was not fetched: its comparisons are skipped" >&2; \
@@ -74,4 +95,4 @@ ci: lint install-check demo  ## everything that must hold before a merge
 	RLHF_FAST_STRICT_SKIPS=1 $(MAKE) --no-print-directory test
 
 clean:  ## what was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info rlhf_fast/*.so
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info rlhf_fast/*.so

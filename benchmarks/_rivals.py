@@ -17,8 +17,8 @@ import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, Optional, Union
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def wheel(project: str, version: str) -> zipfile.ZipFile:
 
 
 def execute(source: str, names: set[str], namespace: dict[str, Any]) -> None:
-    """Runs the definitions of `names` in `source` (functions, methods, constants), and only those.
+    """Runs the definitions of `names` in `source`, at any depth, and only those.
 
     The rest of the file, with its imports, is left alone.
     """
@@ -46,7 +46,7 @@ def execute(source: str, names: set[str], namespace: dict[str, Any]) -> None:
 
 
 def _defined(node: ast.stmt) -> str | None:
-    if isinstance(node, ast.FunctionDef):
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return node.name
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         return node.targets[0].id
@@ -54,14 +54,50 @@ def _defined(node: ast.stmt) -> str | None:
 
 
 @functools.cache
+def openrlhf() -> SimpleNamespace:
+    """Losses and advantages of OpenRLHF 0.11.2."""
+    namespace: dict[str, Any] = {
+        **{"torch": torch, "nn": torch.nn, "Optional": Optional, "Union": Union, "Tuple": tuple},
+        "KL_IS_WEIGHT_CLIP": None,
+    }
+    with wheel("openrlhf", "0.11.2") as files:
+        for module, names in (
+            ("/models/utils.py", {"masked_mean", "compute_approx_kl", "compute_reward"}),
+            ("/models/loss.py", {"aggregate_loss", "PolicyLoss", "ValueLoss"}),
+            ("/ppo_utils/experience_maker.py", {"get_advantages_and_returns"}),
+        ):
+            (name,) = (n for n in files.namelist() if n.endswith(module))
+            execute(files.read(name).decode(), names, namespace)
+    return SimpleNamespace(**namespace)
+
+
 def openrlhf_gae() -> Callable[..., Any]:
     """`RemoteExperienceMaker.get_advantages_and_returns` of OpenRLHF 0.11.2."""
-    with wheel("openrlhf", "0.11.2") as files:
-        (name,) = (n for n in files.namelist() if n.endswith("/ppo_utils/experience_maker.py"))
-        source = files.read(name).decode()
-    namespace: dict[str, Any] = {"torch": torch, "Tuple": tuple}
-    execute(source, {"get_advantages_and_returns"}, namespace)
-    return functools.partial(namespace["get_advantages_and_returns"], None)
+    return functools.partial(openrlhf().get_advantages_and_returns, None)
+
+
+@functools.cache
+def verl() -> SimpleNamespace:
+    """Losses and advantages of verl 0.9.1 (`verl.trainer.ppo.core_algos`)."""
+    functional: dict[str, Any] = {"torch": torch}
+    namespace: dict[str, Any] = {
+        **{"torch": torch, "Optional": Optional, "Any": Any},
+        **{"ActorConfig": Any, "AlgoConfig": type(None)},
+        "register_policy_loss": lambda name: lambda function: function,
+        "register_adv_est": lambda name: lambda function: function,
+        "AdvantageEstimator": SimpleNamespace(GAE="gae"),
+    }
+    with wheel("verl", "0.9.1") as files:
+        source = files.read("verl/utils/torch_functional.py").decode()
+        names = {"masked_sum", "masked_mean", "masked_var", "masked_whiten", "clip_by_value"}
+        execute(source, names, functional)
+        namespace["verl_F"] = SimpleNamespace(**functional)
+        names = {
+            *("agg_loss", "compute_policy_loss_vanilla", "compute_value_loss"),
+            *("compute_gae_advantage_return", "kl_penalty", "kl_penalty_forward"),
+        }
+        execute(files.read("verl/trainer/ppo/core_algos.py").decode(), names, namespace)
+    return SimpleNamespace(**namespace)
 
 
 @functools.cache
