@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from rlhf_fast.config import ConfigError
+from rlhf_fast.config import REFUSED_KEYS, ConfigError
 
 ARGUMENTS = {
     "model": "model to train: name on the Hugging Face hub, or a folder",
@@ -26,8 +26,8 @@ ARGUMENTS = {
     "prompts": "prompts to train on: .jsonl[.gz], .csv or .parquet file, or rows",
     "tokenizer": "name or folder of the tokenizer; null: the model's",
     "ref": "reference policy, name or folder; null: the model before training",
-    "critic": "head: a value head on the policy; model: a model of its own; or the folder of a "
-    "reward model, to start from it",
+    "critic": "head: a value head on the policy; model: a model of its own; the folder of a reward "
+    "model, to start from it; null: none; auto: head where the loss needs a critic, else none",
     "run_dir": "folder for metrics, checkpoints and the trained model",
     "resume": "go on from the newest checkpoint in run_dir",
     "pad_token": "padding token for a tokenizer that has none",
@@ -90,12 +90,17 @@ class Stage:
         return dict(sorted(keys.items(), key=lambda item: item[1][0] is not _REQUIRED))
 
     def template(self) -> str:
-        """A run file with every key at its default, described; required ones commented out."""
+        """A run file with every key at its default, described.
+
+        Required ones are commented out, and those whose default another `loss` may change.
+        """
+        by_loss = getattr(self.config, "by_loss", ())
         lines = [f"# rlhf-fast {self.name} RUN.yaml [key=value ...]"]
         for name, (default, description) in self.keys().items():
             lines.append(f"\n# {description}" if description else "")
             value = "   # required" if default is _REQUIRED else f" {_inline(default)}"
-            lines.append(f"# {name}:{value}" if default is _REQUIRED else f"{name}:{value}")
+            comment = "# " if default is _REQUIRED or name in by_loss else ""
+            lines.append(f"{comment}{name}:{value}")
         return "\n".join(lines)
 
     def resolve(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -144,7 +149,8 @@ class Stage:
         if not isinstance(values.get("resume", False), bool):
             raise ConfigError(f"resume is {values['resume']!r}; expected true or false")
         fields = self.config.model_fields
-        config = self.config(**{key: value for key, value in values.items() if key in fields})
+        # Only what was named: other defaults are not the same for every loss.
+        config = self.config(**{key: value for key, value in given.items() if key in fields})
         return {**values, **config.model_dump()}
 
     def _known(self, key: str, keys: Mapping[str, Any], place: str) -> None:
@@ -152,9 +158,8 @@ class Stage:
             return
         near = difflib.get_close_matches(key, keys, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"{place}: unknown key {key!r}; {hint}`rlhf-fast {self.name} --keys` lists all keys"
-        )
+        hint = REFUSED_KEYS.get(key, f"{hint}`rlhf-fast {self.name} --keys` lists all keys")
+        raise ConfigError(f"{place}: unknown key {key!r}; {hint}")
 
 
 def dump(values: Mapping[str, Any]) -> str:

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from rlhf_fast.config import ConfigError
 from rlhf_fast.data import Rollout
 from rlhf_fast.models import disable_dropout, hidden_size
 from rlhf_fast.policy import Policy
+from rlhf_fast.presets import PRESETS
 from rlhf_fast.scalar_models import ScalarHead, ScalarModel
 
 
@@ -20,14 +22,36 @@ class Evaluation(NamedTuple):
     Attributes:
         logprobs: Of the sampled tokens, under the sampling temperature.
         entropy: Of the distributions that they were drawn from.
-        values: The critic's, of the state *before* each sampled token.
+        values: The critic's, of the state *before* each sampled token; None without a critic.
         kl: Exact KL from a reference at each sampled token, if one was given.
     """
 
     logprobs: Tensor
     entropy: Tensor
-    values: Tensor
+    values: Tensor | None
     kl: Tensor | None
+
+
+def choose_critic(
+    loss: str, critic: str | Path | ScalarModel | None
+) -> str | Path | ScalarModel | None:
+    """The critic to use with `loss`: `"auto"` is `"head"` where it needs one, else None.
+
+    Raises:
+        ConfigError: The loss needs a critic and there is none, or the other way round.
+    """
+    needed = PRESETS[loss].needs_critic
+    if isinstance(critic, str) and critic == "auto":
+        return "head" if needed else None
+    if needed and critic is None:
+        without = ", ".join(name for name, preset in PRESETS.items() if not preset.needs_critic)
+        raise ConfigError(
+            f"loss {loss!r} takes its advantages from a critic, but critic is None; give one "
+            f"('head'), or choose a loss that needs none: {without}"
+        )
+    if not needed and critic is not None:
+        raise ConfigError(f"loss {loss!r} uses no critic; pass critic=None, or leave it out")
+    return critic
 
 
 class ActorCritic(nn.Module):
@@ -37,10 +61,11 @@ class ActorCritic(nn.Module):
         policy: The policy; parameters of it that are frozen stay so.
         critic: `"head"`: a value head on the policy's trunk, starting at 0 (2019). `"model"`: a
             trunk of its own, copied from the policy's. A `ScalarModel`, for example a trained
-            `RewardModel`: a copy of it (TL;DR), its last-token head read at every position.
+            `RewardModel`: a copy of it (TL;DR), its last-token head read at every position. None:
+            the policy alone.
     """
 
-    def __init__(self, policy: Policy, critic: str | Path | ScalarModel = "head") -> None:
+    def __init__(self, policy: Policy, critic: str | Path | ScalarModel | None = "head") -> None:
         super().__init__()
         self.policy = policy
         self.head: ScalarHead | None = None
@@ -51,10 +76,10 @@ class ActorCritic(nn.Module):
             self.critic = ScalarModel(copy.deepcopy(policy.model)).requires_grad_(True)
         elif isinstance(critic, ScalarModel):
             self.critic = critic.as_critic()
-        else:
+        elif critic is not None:
             raise ValueError(
                 f"critic = {critic!r} is unknown; choose 'head' (a head on the policy's trunk), "
-                "'model' (a trunk of its own), or pass a ScalarModel or RewardModel"
+                "'model' (a trunk of its own), None, or pass a ScalarModel or RewardModel"
             )
         disable_dropout(self)
 
@@ -62,12 +87,12 @@ class ActorCritic(nn.Module):
         self, learning_rate: float, critic_learning_rate: float | None
     ) -> list[dict[str, Any]]:
         """AdamW's groups: the policy, and the value head or critic."""
+        groups = [{"params": list(self.policy.parameters()), "lr": learning_rate}]
         own = self.head if self.head is not None else self.critic
-        assert own is not None
-        return [
-            {"params": list(self.policy.parameters()), "lr": learning_rate},
-            {"params": list(own.parameters()), "lr": critic_learning_rate or learning_rate},
-        ]
+        if own is not None:
+            rate = critic_learning_rate or learning_rate
+            groups.append({"params": list(own.parameters()), "lr": rate})
+        return groups
 
     def forward(
         self, rollout: Rollout, temperature: float, ref: Policy | None = None
@@ -76,14 +101,16 @@ class ActorCritic(nn.Module):
         output = self.policy(rollout.tokens, rollout.mask, rollout.targets, temperature, ref)
         start = rollout.prompt_length
         # The state before token t is the trunk's output at token t - 1.
+        values = None
         if self.head is not None:
             values = self.head(output.hidden[:, start - 1 : -1])
-        else:
-            assert self.critic is not None
+        elif self.critic is not None:
             values = self.critic(rollout.tokens, rollout.mask)[:, start - 1 : -1]
+        if values is not None:
+            values = values.masked_fill(~rollout.completion_mask, 0.0)
         return Evaluation(
             logprobs=output.logprobs[:, start:],
             entropy=output.entropy[:, start:],
-            values=values.masked_fill(~rollout.completion_mask, 0.0),
+            values=values,
             kl=None if output.kl is None else output.kl[:, start:],
         )

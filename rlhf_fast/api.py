@@ -75,16 +75,17 @@ def ppo(
     prompts: Any,
     tokenizer: Any = None,
     ref: Any = None,
-    critic: Any = "head",
+    critic: Any = "auto",
     run_dir: Any = None,
     resume: bool = False,
     pad_token: str | None = None,
     bad_rows: str = "error",
     **config: Any,
 ) -> PPOTrainer:
-    """Trains `model` by PPO on `reward` and returns the trainer; `.model` is the result.
+    """Trains `model` on `reward` by PPO, or what `loss` names; returns the trainer.
 
-    Arguments are those of `PPOTrainer`; `config` holds fields of `PPOConfig`.
+    Its `.model` is the result. Arguments are those of `PPOTrainer`; `config` holds fields of
+    `PPOConfig`.
     """
     return PPOTrainer(
         model,

@@ -11,20 +11,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf_fast.presets import PRESETS
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be meant: an unknown key, or a value out of its range."""
 
 
+REFUSED_KEYS = {
+    "kl_estimator": "the KL in the reward is always k1: k2, k3 and abs train toward the wrong "
+    "optimum there (their gradient vanishes or reverses near the reference, and the policy "
+    "collapses onto the reward's argmax); put k2, k3 or the exact KL in the loss (kl_loss_coef, "
+    "kl_loss_kind)",
+}
+"""Keys that other libraries have and ours lack, and why."""
+
+
 def unknown_key(key: str, known: Iterable[str], what: str) -> str:
     """The message for an unknown `key` of `what`, with the nearest known one if one is near."""
     near = difflib.get_close_matches(key, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
-    return f"unknown key {key!r} in {what}{hint}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key {key!r} in {what}; {REFUSED_KEYS.get(key, hint)}"
 
 
 def _explain(owner: type[BaseModel], error: ValidationError) -> str:
@@ -138,10 +149,20 @@ class RewardConfig(_Config):
 
 
 class PPOConfig(_Config):
-    """Proximal policy optimisation with a critic."""
+    """Policy optimisation: PPO with a critic, or one of its kin (`presets.PRESETS`) without.
+
+    The defaults below are those of `loss="ppo"`; another loss brings its own, which give way to
+    what is named beside it.
+    """
 
     may_change: ClassVar[frozenset[str]] = _Config.may_change | {"iterations"}
 
+    # Fields whose default depends on the loss.
+    by_loss: ClassVar[frozenset[str]] = frozenset().union(*(p.defaults for p in PRESETS.values()))
+
+    loss: Literal[tuple(PRESETS)] = Field(  # type: ignore[valid-type]
+        "ppo", description="its values replace some defaults here: docs/losses.md"
+    )
     iterations: int = Field(100, ge=1, description="rollout-and-update rounds")
     rollout_batch_size: int = Field(64, ge=1, description="completions an iteration, global")
     samples_per_prompt: int = Field(1, ge=1, description="completions of each prompt")
@@ -158,7 +179,6 @@ class PPOConfig(_Config):
     kl_coef: float = Field(
         0.05, ge=0, description="beta of the KL in the reward (TL;DR; 2019: .15)"
     )
-    kl_estimator: Literal["k1"] = Field("k1", description="of the KL in the reward: k1 only")
     kl_target: float | None = Field(
         None, gt=0, description="adaptive KL: target nats a sequence (2019: 6); null: fixed"
     )
@@ -171,12 +191,14 @@ class PPOConfig(_Config):
     )
     # advantages
     gamma: float = Field(1.0, ge=0, le=1, description="discount (2019)")
-    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE (2019)")
+    lam: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"] = Field(
+        0.95, description="lambda of GAE (2019); adaptive: 1 - 1 / (0.05 * tokens) (VAPO)"
+    )
     value_lam: float | None = Field(None, ge=0, le=1, description="lambda of returns (VAPO: 1)")
     whiten_advantages: bool = Field(True, description="mean 0, variance 1 over the batch (2019)")
     # loss
     clip_low: float = Field(
-        0.2, gt=0, lt=1, description="ratio is clipped below 1 - clip_low (2019)"
+        0.2, gt=0, le=1, description="ratio is clipped below 1 - clip_low (2019)"
     )
     clip_high: float = Field(0.2, gt=0, description="and above 1 + clip_high (2019; DAPO: .28)")
     value_clip: float | None = Field(0.2, gt=0, description="of values, around the old (2019)")
@@ -192,21 +214,54 @@ class PPOConfig(_Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_wrong_estimators(cls, fields: Any) -> Any:
-        kind = fields.get("kl_estimator", "k1") if isinstance(fields, dict) else "k1"
-        if kind in ("k2", "k3", "abs"):
-            raise ValueError(
-                f"kl_estimator {kind!r} in the reward trains toward the wrong optimum: its "
-                "gradient vanishes or reverses near the reference, and the policy collapses onto "
-                "the reward's argmax. Use 'k1' here; for k2, k3 or the exact KL put it in the "
-                "loss (kl_loss_coef, kl_loss_kind)"
-            )
-        if isinstance(fields, dict) and fields.get("kl_loss_kind") == "k1":
+    def _take_from_the_loss(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        if fields.get("kl_loss_kind") == "k1":
             raise ValueError(
                 "kl_loss_kind 'k1' has an expected gradient of zero: it does nothing but add "
                 "noise. Use 'k2', 'k3' or 'full', or put k1 in the reward (kl_coef)"
             )
-        return fields
+        loss = fields.get("loss", "ppo")
+        known = isinstance(loss, str) and loss in PRESETS
+        return {**PRESETS[loss].defaults, **fields} if known else fields
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`, checked like a new one.
+
+        With another loss go the values that the old one has by default, even those that were named.
+        """
+        fields = self.model_dump()
+        if changes.get("loss", self.loss) != self.loss:
+            # What the old loss brought goes with it.
+            brought = type(self)(loss=self.loss).model_dump()
+            fields = {name: x for name, x in fields.items() if x != brought[name]}
+        return type(self)(**{**fields, **changes})
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        preset = PRESETS[self.loss]
+        if preset.needs_groups and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"loss {self.loss!r} compares completions of one prompt, but samples_per_prompt = "
+                f"{self.samples_per_prompt}; set it to 2 or more"
+            )
+        for name in preset.unread:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"loss {self.loss!r} does not read {name}, but {name} = "
+                    f"{getattr(self, name)!r}; leave it out"
+                )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                f"kl_target = {self.kl_target} moves kl_coef by factors, but kl_coef = 0; start "
+                "from one above 0 (the KL in the loss, kl_loss_coef, is not adapted)"
+            )
+        if self.whiten_rewards and self.lam == "adaptive":
+            raise ValueError(
+                "whiten_rewards (2019) and lam 'adaptive' (VAPO) do not go together; leave out one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_rollouts(self) -> Self:

@@ -153,20 +153,18 @@ class Experience(_Rows):
         scores: `[B]`, the reward function's verdicts.
         old_logprobs: `[B, T]`, of the sampled tokens under the policy before the update.
         ref_logprobs: `[B, T]`, of the same tokens under the reference.
-        values: `[B, T]`, the critic's before the update.
-        rewards: `[B, T]`, KL penalty and, at the last token, the score.
-        advantages: `[B, T]`, whitened if so configured.
-        returns: `[B, T]`, what the critic learns.
+        advantages: `[B, T]`, or `[B]` for one per sequence.
+        values: `[B, T]`, the critic's before the update; None without a critic.
+        returns: `[B, T]`, what the critic learns; None without one.
     """
 
     rollout: Rollout
     scores: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
-    rewards: Tensor
     advantages: Tensor
-    returns: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:

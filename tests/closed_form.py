@@ -51,16 +51,18 @@ def random_model(seed: int, std: float = 0.1) -> GPT2LMHeadModel:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Reward table and reference, enumerated; `completions` int64 [125, 3], the rest fp64."""
+    """Reward table and reference, enumerated: K completions, int64; the rest is fp64."""
 
-    completions: Tensor
-    rewards: Tensor  # [125]
-    ref_logprobs: Tensor  # [125]
+    completions: Tensor  # [K, length]
+    rewards: Tensor  # [K]
+    ref_logprobs: Tensor  # [K]
     beta: float
 
     @classmethod
-    def make(cls, model: GPT2LMHeadModel, seed: int, beta: float = 0.5) -> Problem:
-        completions = torch.tensor(list(itertools.product(range(len(SYMBOLS)), repeat=LENGTH)))
+    def make(
+        cls, model: GPT2LMHeadModel, seed: int, beta: float = 0.5, length: int = LENGTH
+    ) -> Problem:
+        completions = torch.tensor(list(itertools.product(range(len(SYMBOLS)), repeat=length)))
         generator = torch.Generator().manual_seed(seed)
         bigrams = torch.randn(len(SYMBOLS), len(SYMBOLS), generator=generator, dtype=torch.float64)
         start = torch.zeros(len(completions), 1, dtype=torch.int64)
@@ -95,13 +97,14 @@ class Problem:
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]]
     ) -> list[float]:
         """The reward as a user's function; ids, because decoding drops EOS, a symbol here."""
-        places = torch.tensor([len(SYMBOLS) ** i for i in reversed(range(LENGTH))])
+        length = self.completions.shape[1]
+        places = torch.tensor([len(SYMBOLS) ** i for i in reversed(range(length))])
         return self.rewards[(torch.tensor(completion_ids) * places).sum(1)].tolist()
 
 
 @torch.no_grad()
 def sequence_logprobs(model: GPT2LMHeadModel, completions: Tensor) -> Tensor:
-    """fp64 [K], log-probability of each completion [K, 3] after `^`, dropout off."""
+    """fp64 [K], log-probability of each completion [K, length] after `^`, dropout off."""
     model.eval()
     tokens = torch.cat([torch.zeros(len(completions), 1, dtype=torch.int64), completions], dim=1)
     logprobs = model(tokens).logits[:, :-1].double().log_softmax(-1)

@@ -19,6 +19,7 @@ from rlhf_fast import cli
 from rlhf_fast._runfile import ARGUMENTS
 from rlhf_fast.config import ConfigError, PPOConfig
 from rlhf_fast.loading import DataError
+from rlhf_fast.presets import PRESETS
 from rlhf_fast.rewards import RewardError
 
 REQUIRED = ["model=tiny", "reward=r.py:f", "prompts=p.jsonl", "run_dir=out"]
@@ -53,7 +54,7 @@ class Api(types.ModuleType):
             note("reward", dict(locals()))
 
         def ppo(
-            model, *, reward, prompts, tokenizer=None, ref=None, critic="head", run_dir=None,
+            model, *, reward, prompts, tokenizer=None, ref=None, critic="auto", run_dir=None,
             resume=False, pad_token=None, bad_rows="error", **config,
         ):  # fmt: skip
             note("ppo", dict(locals()))
@@ -102,7 +103,7 @@ def test_a_run_file_and_overrides_reach_the_one_liner_and_overrides_win(api: Api
         "lam": 0.9,
         "max_grad_norm": None,
     }
-    defaults = {"tokenizer": None, "ref": None, "critic": "head", "pad_token": None}
+    defaults = {"tokenizer": None, "ref": None, "critic": "auto", "pad_token": None}
     defaults["bad_rows"] = "error"
     assert values == {**defaults, **PPOConfig().model_dump(), **given}
     assert "out" in result.stdout
@@ -164,7 +165,7 @@ def test_missing_keys_are_named_with_their_meaning(api: Api) -> None:
         (["lam=2"], ["lam", "2", "less than or equal to 1"]),
         (["batch_size=x"], ["batch_size", "'x'", "integer"]),
         (["micro_batch_size=7"], ["64", "multiple", "7"]),
-        (["kl_estimator=k3"], ["'k3'", "wrong optimum", "kl_loss_coef"]),
+        (["kl_estimator=k3"], ["'kl_estimator'", "wrong optimum", "kl_loss_coef"]),
         (["pad_token=[PAD]"], ["pad_token is ['PAD']", "expected text"]),
         (["model=3"], ["model is 3", "expected text"]),
         (["resume=maybe"], ["resume is 'maybe'", "true or false"]),
@@ -213,14 +214,27 @@ def test_the_printed_configuration_is_a_run_file_that_gives_the_same_run(api: Ap
     assert api.calls[0][1]["learning_rate"] == 3e-7
 
 
+@pytest.mark.parametrize("loss", PRESETS)
+def test_a_loss_brings_its_defaults_from_the_command_line_too(api: Api, loss: str) -> None:
+    assert run("ppo", *REQUIRED, f"loss={loss}", "seed=3").exit_code == 0
+    (_, arguments) = api.calls[0]
+    expected = PPOConfig(loss=loss, seed=3).model_dump()
+    assert {key: arguments[key] for key in expected} == expected
+
+
 def test_the_list_of_keys_is_a_run_file_of_defaults(api: Api) -> None:
     listed = run("ppo", "--keys")
     assert listed.exit_code == 0
     assert "# clip the global norm; null: no clip\nmax_grad_norm: 1.0" in listed.stdout
     assert f"# {ARGUMENTS['prompts']}\n# prompts:   # required" in listed.stdout
     defaults = yaml.safe_load(listed.stdout)
-    assert defaults["critic"] == "head"
-    assert {key: defaults[key] for key in PPOConfig.model_fields} == PPOConfig().model_dump()
+    assert defaults["critic"] == "auto"
+    # What a loss may bring along is listed, but not set.
+    fields = PPOConfig().model_dump()
+    assert {key: defaults[key] for key in fields if key not in PPOConfig.by_loss} == {
+        key: value for key, value in fields.items() if key not in PPOConfig.by_loss
+    }
+    assert "# clip_high: 0.2" in listed.stdout
     Path("run.yaml").write_text(listed.stdout)
     assert run("ppo", "run.yaml", *REQUIRED).exit_code == 0
     assert "--keys" in run("ppo", "--help").stdout

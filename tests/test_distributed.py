@@ -45,13 +45,17 @@ def learn(stage, rank=0, world=1, run_dir=None):
         config = RewardConfig(**shared, epochs=2, normalize=False)
         trainer = RewardTrainer(model, PAIRS, tokenizer=tokenizer, config=config).train()
         return trainer.model, trainer.run.history
+    with_groups = stage != "ppo"
     config = PPOConfig(
         **shared,
+        loss=stage,
+        samples_per_prompt=2 if with_groups else 1,
         rollout_batch_size=8,
         max_new_tokens=6,
         epochs=2,
         iterations=1,
         entropy_coef=0.01,
+        kl_coef=0.05,
         kl_target=1.0,
         kl_horizon=20,
         kl_loss_coef=0.1,
@@ -59,9 +63,11 @@ def learn(stage, rank=0, world=1, run_dir=None):
     )
     trainer = PPOTrainer(model, tokenizer=tokenizer, config=config)
     generator = torch.Generator().manual_seed(0)
-    prompts = [tokenizer(row["prompt"])["input_ids"] for row in ROWS]
+    size = config.samples_per_prompt
+    prompts = [tokenizer(ROWS[i // size * size]["prompt"])["input_ids"] for i in range(len(ROWS))]
     completions = [tokenizer(row["completion"])["input_ids"] for row in ROWS]
-    mine = torch.arange(8)[rank::world]
+    # Prompts are dealt out in turn; the completions of one stay together.
+    mine = torch.arange(8).view(-1, size)[rank::world].flatten()
     rollout = Rollout.from_lists(prompts, completions, pad_id=tokenizer.pad_token_id).select(mine)
     metrics = trainer.step(rollout, torch.randn(8, generator=generator)[mine])
     return trainer.model, [metrics]
@@ -81,7 +87,7 @@ def work(rank, world, port, stage, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "reinforce++", "dr_grpo", "gspo"])
 def test_two_processes_learn_what_one_does(stage, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -15,6 +15,7 @@ LAYERS = (
     {"ops", "doctor"},
     {
         "config",
+        "presets",
         "data",
         "loading",
         "_rows",

@@ -6,26 +6,27 @@ import math
 import random
 
 import pytest
-from closed_form import Problem, random_model, sequence_logprobs, symbol_tokenizer
+from backend_cases import HAS_GPU, cases, count_launches
+from closed_form import LENGTH, Problem, random_model, sequence_logprobs, symbol_tokenizer
 
-from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, backends
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
 
 
-def train_closed_form(seed, iterations, batch):
+def train_closed_form(seed, iterations, batch, *, length=LENGTH, critic="model", **config):
     model = random_model(seed)
-    problem = Problem.make(model, seed)
+    problem = Problem.make(model, seed, length=length)
     trainer = PPOTrainer(
         model,
         reward=problem.reward,
         prompts=["^"],
         tokenizer=symbol_tokenizer(),
-        critic="model",
-        config=PPOConfig(
-            seed=seed, iterations=iterations, rollout_batch_size=batch, batch_size=batch,
-            epochs=2, max_new_tokens=3, ignore_eos=True, kl_coef=problem.beta,
-            learning_rate=1e-3, max_length=8,
-        ),
+        critic="auto" if "loss" in config else critic,
+        config=PPOConfig(**{
+            "seed": seed, "iterations": iterations, "rollout_batch_size": batch,
+            "batch_size": batch, "epochs": 2, "max_new_tokens": length, "ignore_eos": True,
+            "kl_coef": problem.beta, "learning_rate": 1e-3, "max_length": 8, **config,
+        }),
     ).train()  # fmt: skip
     return problem, trainer.model, trainer.run.history
 
@@ -38,6 +39,44 @@ def test_gate_a_ppo_reaches_the_closed_form_optimum(seed):
     assert problem.total_variation(logprobs) <= 0.06
     # At the optimum every sampled score - beta * log(policy / ref) is beta * log Z.
     assert history[-1]["soft_return"] == pytest.approx(problem.best, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("loss", "steps"), [("rloo", 80), ("dr_grpo", 80), ("reinforce", 160)])
+def test_gate_a_unbiased_losses_reach_it_without_a_critic(loss, steps, seed):
+    problem, model, _ = train_closed_form(seed, iterations=steps, batch=128, loss=loss)
+    logprobs = sequence_logprobs(model, problem.completions)
+    assert problem.gap_closed(logprobs) >= 0.99
+    assert problem.total_variation(logprobs) <= 0.06
+
+
+@pytest.mark.parametrize("loss", ["reinforce++", "grpo", "dapo", "gspo", "cispo"])
+def test_losses_without_a_kl_come_near_the_greatest_reward(loss):
+    config = {"loss": loss, "kl_coef": 0.0, "kl_loss_coef": 0.0}
+    problem, model, _ = train_closed_form(0, iterations=80, batch=128, **config)
+    probabilities = sequence_logprobs(model, problem.completions).exp()
+    start = (problem.ref_logprobs.exp() * problem.rewards).sum()
+    end = (probabilities * problem.rewards).sum()
+    assert (end - start) / (problem.rewards.max() - start) >= 0.97
+
+
+# On the device that the trainers take.
+FORCED = [c for c in cases("policy_loss") if (c.values[0].device == "cuda") == HAS_GPU]
+
+
+@pytest.mark.parametrize("case", FORCED)
+def test_gate_a_holds_on_every_backend(case, monkeypatch):
+    """Completions of one token: in Triton's interpreter every launch takes its time."""
+    monkeypatch.setattr(backends, "REQUESTED", case.backend)
+    launches = {}
+    for op in ("policy_loss", "value_loss", "ppo_advantages", "linear_logprobs"):
+        if case.backend != "reference":
+            launches[op] = count_launches(monkeypatch, op, case.backend)
+    problem, model, _ = train_closed_form(
+        0, iterations=20, batch=32, length=1, learning_rate=3e-3, critic="head"
+    )
+    assert problem.gap_closed(sequence_logprobs(model, problem.completions)) >= 0.99
+    assert all(count["forward"] and count["backward"] for count in launches.values()), launches
 
 
 @pytest.mark.slow

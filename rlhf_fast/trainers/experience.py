@@ -8,8 +8,28 @@ from torch import Tensor, nn
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import Experience, Rollout
 from rlhf_fast.models import evaluating
-from rlhf_fast.ops import gae, masked_var, masked_whiten, ppo_advantages
+from rlhf_fast.ops import gae, group_advantages, masked_var, masked_whiten, ppo_advantages
 from rlhf_fast.policy import Policy
+from rlhf_fast.presets import PRESETS
+
+ADAPTIVE_LAM = 0.05
+"""alpha of the length-adaptive lambda (Yue et al. 2025, arXiv:2504.05118, section 4.2)."""
+
+
+def check_groups(rollout: Rollout, size: int) -> None:
+    """Raises unless each `size` completions in a row answer one prompt."""
+    start = rollout.prompt_length
+    first = torch.arange(len(rollout), device=rollout.tokens.device) // size * size
+    differs = torch.zeros_like(first, dtype=torch.bool)
+    for x in (rollout.tokens, rollout.mask):
+        differs |= (x[:, :start] != x[first, :start]).any(1)
+    if differs.any():
+        row = int(differs.nonzero()[0])
+        raise ValueError(
+            f"completion {row} of the rollout answers another prompt than completion "
+            f"{row // size * size}; samples_per_prompt = {size}: repeat each prompt so often, side "
+            "by side"
+        )
 
 
 @torch.no_grad()
@@ -27,9 +47,9 @@ def make_experience(
     Args:
         actor_critic: An `ActorCritic`, wrapped or not.
         ref: The reference policy.
-        rollout: `[B]` completions.
+        rollout: `[B]` completions; for a loss over groups, those of a prompt side by side.
         scores: `[B]`, the reward function's verdicts.
-        config: Discounts, penalties, whitening.
+        config: Loss, discounts, penalties, whitening.
         kl_coef: Current coefficient of the KL in the reward.
         micro_batch_size: Sequences a forward pass.
     """
@@ -42,30 +62,88 @@ def make_experience(
             old_logprobs.append(evaluation.logprobs)
             ref_logprobs.append(reference.logprobs[:, piece.prompt_length :])
             values.append(evaluation.values)
-    old, ref_, value = (torch.cat(parts) for parts in (old_logprobs, ref_logprobs, values))
-    mask = rollout.completion_mask
-    advantages, returns, rewards = ppo_advantages(
+    old, reference_ = torch.cat(old_logprobs), torch.cat(ref_logprobs)
+    known = (rollout, scores, old, reference_)
+    if PRESETS[config.loss].needs_groups:
+        return Experience(*known, _group_advantages(*known, config, kl_coef))
+    if PRESETS[config.loss].needs_critic:
+        value = torch.cat(values)
+        return Experience(*known, *_critic_advantages(*known, value, config, kl_coef))
+    # A critic that says 0 everywhere leaves the discounted returns.
+    advantages, *_ = _shaped(*known, torch.zeros_like(old), config, kl_coef, lam=1.0)
+    return Experience(*known, advantages)
+
+
+def _shaped(
+    rollout: Rollout,
+    scores: Tensor,
+    old: Tensor,
+    ref: Tensor,
+    values: Tensor,
+    config: PPOConfig,
+    kl_coef: float,
+    lam: float | str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages, returns and rewards `[B, T]` as configured, but for whitened rewards."""
+    adaptive = lam == "adaptive"
+    return ppo_advantages(
         scores,
         old,
-        ref_,
-        value,
-        mask,
+        ref,
+        values,
+        rollout.completion_mask,
         kl_coef=kl_coef,
         gamma=config.gamma,
-        lam=config.lam,
+        lam=1.0 if adaptive else float(lam),
+        adaptive_lam=ADAPTIVE_LAM if adaptive else None,
         value_lam=config.value_lam,
         whiten=config.whiten_advantages and not config.whiten_rewards,
         missing_eos_penalty=config.missing_eos_penalty,
         finished=rollout.finished,
     )
+
+
+def _critic_advantages(
+    rollout: Rollout,
+    scores: Tensor,
+    old: Tensor,
+    ref: Tensor,
+    values: Tensor,
+    config: PPOConfig,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages, values and returns `[B, T]`."""
+    mask = rollout.completion_mask
+    advantages, returns, rewards = _shaped(
+        rollout, scores, old, ref, values, config, kl_coef, config.lam
+    )
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, value, mask, gamma=config.gamma, lam=config.lam)
+        lam = float(config.lam)
+        advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=lam)
         if config.value_lam is not None:
-            returns = gae(rewards, value, mask, gamma=config.gamma, lam=config.value_lam)[1]
+            returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.value_lam)[1]
         if config.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
-    return Experience(rollout, scores, old, ref_, value, rewards, advantages, returns)
+    return advantages, values, returns
+
+
+def _group_advantages(
+    rollout: Rollout,
+    scores: Tensor,
+    old: Tensor,
+    ref: Tensor,
+    config: PPOConfig,
+    kl_coef: float,
+) -> Tensor:
+    """`[B]`: each completion against the others of its prompt, by score less the KL's price."""
+    rewards = scores
+    if kl_coef != 0.0:
+        rewards = rewards - kl_coef * (old - ref).sum(1)
+    if config.missing_eos_penalty is not None:
+        rewards = rewards - config.missing_eos_penalty * ~rollout.finished
+    kind = PRESETS[config.loss].advantages
+    return group_advantages(rewards, config.samples_per_prompt, kind=kind)
 
 
 def describe(experience: Experience, kl_coef: float) -> dict[str, Tensor]:
@@ -78,16 +156,19 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, Tensor]:
     rollout = experience.rollout
     lengths = rollout.completion_mask.sum(1).float()
     kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
-    soft_returns = experience.scores - kl_coef * kl
-    mask, returns = rollout.completion_mask, experience.returns
-    spread, unexplained = masked_var(returns, mask), masked_var(returns - experience.values, mask)
-    explained = torch.where(spread > 0, 1 - unexplained / spread, 0.0)
-    return {
+    soft_returns = experience.scores - kl_coef * kl if kl_coef else experience.scores
+    described = {
         "score": experience.scores.mean(),
         "kl": kl.mean(),
         "soft_return": soft_returns.mean(),
         "soft_return_std": soft_returns.std(correction=min(1, len(rollout) - 1)),
         "length": lengths.mean(),
         "finished": rollout.finished.float().mean(),
-        "explained_variance": explained,
     }
+    if experience.values is not None and experience.returns is not None:
+        mask, returns = rollout.completion_mask, experience.returns
+        spread = masked_var(returns, mask)
+        unexplained = masked_var(returns - experience.values, mask)
+        explained = torch.where(spread > 0, 1 - unexplained / spread, 0.0)
+        described["explained_variance"] = explained
+    return described

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with a critic (Schulman et al. 2017; Ziegler et al. 2019)."""
+"""Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019) and its kin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast import rewards
-from rlhf_fast.actor_critic import ActorCritic
+from rlhf_fast.actor_critic import ActorCritic, choose_critic
 from rlhf_fast.config import ConfigError, PPOConfig, checked
 from rlhf_fast.data import Rollout, batch_indices, check_length, encode_prompt
 from rlhf_fast.loading import DataError, Prompt, load_prompts
@@ -26,10 +26,11 @@ from rlhf_fast.models import (
     vocabulary_size,
 )
 from rlhf_fast.policy import Policy
+from rlhf_fast.presets import PRESETS
 from rlhf_fast.rollout import HFEngine, RolloutEngine, Sampling
 from rlhf_fast.scalar_models import RewardModel, ScalarModel
 from rlhf_fast.trainers import checkpoint
-from rlhf_fast.trainers.experience import describe, make_experience
+from rlhf_fast.trainers.experience import check_groups, describe, make_experience
 from rlhf_fast.trainers.run import Run
 from rlhf_fast.trainers.update import update
 
@@ -50,7 +51,8 @@ class PPOTrainer:
         ref: Reference policy, its name or folder, which is frozen; by default a frozen copy of
             `policy`.
         critic: `"head"`, `"model"`, a `ScalarModel` or `RewardModel`, or the folder of a saved
-            reward model; see `ActorCritic`.
+            reward model; see `ActorCritic`. None trains without one, by a loss that needs none
+            (`config.loss`). `"auto"` is `"head"` for a loss that needs a critic, else None.
         config: See `PPOConfig`.
         engine: Samples completions; by default `HFEngine` on the policy itself.
         run_dir: Where metrics, samples, checkpoints and the policy go; None writes nothing.
@@ -71,7 +73,7 @@ class PPOTrainer:
         prompts: Any = None,
         tokenizer: Any = None,
         ref: str | Path | PreTrainedModel | None = None,
-        critic: str | Path | ScalarModel = "head",
+        critic: str | Path | ScalarModel | None = "auto",
         config: PPOConfig | None = None,
         engine: RolloutEngine | None = None,
         run_dir: str | Path | None = None,
@@ -80,7 +82,14 @@ class PPOTrainer:
         bad_rows: str = "error",
     ) -> None:
         self.config = config = checked(config, PPOConfig)
+        critic = choose_critic(config.loss, critic)
         self.run = Run(config, run_dir, resume=resume)
+        if (count := config.rollout_batch_size // config.samples_per_prompt) % self.run.world:
+            raise ConfigError(
+                f"{count} prompts an iteration do not divide among {self.run.world} processes, and "
+                "the completions of a prompt stay together; change rollout_batch_size or "
+                "samples_per_prompt"
+            )
         self.tokenizer = load_tokenizer(tokenizer, policy, pad_token)
         self.model = load_causal_lm(policy)
         require_trainable(self.model)
@@ -214,10 +223,13 @@ class PPOTrainer:
         config = self.config
         count = config.rollout_batch_size // config.samples_per_prompt
         index = batch_indices(iteration, len(self.prompts), count, config.seed)
-        return self.run.local(index.repeat_interleave(config.samples_per_prompt)).tolist()
+        return self.run.local(index).repeat_interleave(config.samples_per_prompt).tolist()
 
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> Rollout:
-        """Samples one completion for each prompt (text or token ids), in order."""
+        """Samples one completion for each prompt (text or token ids), in order.
+
+        For several of one prompt, repeat it.
+        """
         config = self.config
         if isinstance(prompts, str):
             raise ValueError(f"prompts is one string, {prompts[:40]!r}; give a list of prompts")
@@ -251,6 +263,8 @@ class PPOTrainer:
     def step(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> dict[str, float]:
         """Learns from completions and their scores `[B]`; returns the metrics.
 
+        For a loss over groups the `samples_per_prompt` completions of a prompt stand side by side.
+
         Raises:
             ValueError: There are not `rollout_batch_size` completions, `scores` is not one finite
                 number for each, or the learning-rate schedule is at its end.
@@ -276,6 +290,8 @@ class PPOTrainer:
                 f"scores has shape {list(scores.shape)} and {int((~scores.isfinite()).sum())} "
                 f"non-finite values; give one finite number for each of {len(rollout)} completions"
             )
+        if PRESETS[config.loss].needs_groups:
+            check_groups(rollout, config.samples_per_prompt)
         micro_batch = config.micro_batch // run.world
         with run.accelerator.autocast():  # the reference, too, in the policy's precision
             experience = make_experience(

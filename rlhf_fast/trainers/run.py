@@ -82,7 +82,9 @@ class Run:
         stored = folder / CONFIG
         if not stored.exists():
             return  # `checkpoint.restore` says what is missing
-        before, now = yaml.safe_load(stored.read_text()), self.config.model_dump()
+        # A field that is newer than the run has its default.
+        before = {**type(self.config)().model_dump(), **yaml.safe_load(stored.read_text())}
+        now = self.config.model_dump()
         changed = [
             f"{name}: {before.get(name)!r} -> {now[name]!r}"
             for name in now

@@ -12,6 +12,7 @@ from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import Experience
 from rlhf_fast.ops import policy_loss, value_loss
 from rlhf_fast.policy import Policy
+from rlhf_fast.presets import PRESETS
 from rlhf_fast.trainers.run import Metrics, Run
 
 
@@ -38,10 +39,11 @@ def update(
         metrics = []
         for index in order.to(run.device).split(batch):
             minibatch = experience.select(index)
-            tokens = run.total(minibatch.rollout.completion_mask.sum())
+            mask = minibatch.rollout.completion_mask
+            counts = run.total(torch.stack([mask.sum(), mask.any(1).sum()]))
             rows = torch.arange(len(index), device=run.device)
             pieces = [minibatch.select(i) for i in rows.split(config.micro_batch // run.world)]
-            loss = partial(ppo_loss, actor_critic, ref, config=config, tokens=tokens)
+            loss = partial(ppo_loss, actor_critic, ref, config=config, counts=counts)
             metrics.append(run.optimize(actor_critic, optimizer, schedule, pieces, loss))
     sums = [run.reduce(part) for part in metrics]
     return {name: sum(part[name] for part in sums) / len(sums) for name in sums[0]}
@@ -53,17 +55,17 @@ def ppo_loss(
     piece: Experience,
     *,
     config: PPOConfig,
-    tokens: Tensor,
+    counts: Tensor,
 ) -> tuple[Tensor, Metrics]:
-    """Policy and value loss of a micro-batch.
+    """Policy loss, and with a critic the value loss, of a micro-batch.
 
     Args:
         actor_critic: An `ActorCritic`, wrapped or not.
         ref: The reference, for the exact KL.
         piece: The micro-batch.
-        config: Clipping, coefficients.
-        tokens: 0-d, number of sampled tokens of the whole minibatch, over all processes: with it
-            as divisor the losses of micro-batches add up.
+        config: Loss, clipping, coefficients.
+        counts: `[2]`, sampled tokens and completions of the whole minibatch, over all processes:
+            with them as divisors the losses of micro-batches add up.
     """
     mask, exact = piece.rollout.completion_mask, config.kl_loss_kind == "full"
     in_loss = config.kl_loss_coef > 0
@@ -73,9 +75,10 @@ def ppo_loss(
         piece.old_logprobs,
         piece.advantages,
         mask,
+        **PRESETS[config.loss].loss,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
-        normalizer=tokens,
+        normalizer=_divisor(config, counts),
         entropy=new.entropy,
         entropy_coef=config.entropy_coef,
         ref_logprobs=piece.ref_logprobs if in_loss and not exact else None,
@@ -83,8 +86,29 @@ def ppo_loss(
         kl_coef=config.kl_loss_coef,
         kl_kind="k2" if exact else config.kl_loss_kind,
     )
+    metrics = _per_token(metrics, config, counts)
+    if piece.values is None or piece.returns is None:
+        return loss, metrics
     critic_loss, critic_metrics = value_loss(
-        new.values, piece.values, piece.returns, mask, clip=config.value_clip, normalizer=tokens
+        new.values, piece.values, piece.returns, mask, clip=config.value_clip, normalizer=counts[0]
     )
     metrics |= {"value_loss": critic_loss.detach(), **critic_metrics}
     return loss + config.value_coef * critic_loss, metrics
+
+
+def _divisor(config: PPOConfig, counts: Tensor) -> float | Tensor:
+    """What the loss of a minibatch is divided by."""
+    aggregation = PRESETS[config.loss].aggregation
+    if aggregation == "constant":
+        return float(config.batch_size * config.max_new_tokens)
+    tokens, completions = counts
+    return tokens if aggregation == "token-mean" else completions
+
+
+def _per_token(metrics: Metrics, config: PPOConfig, counts: Tensor) -> Metrics:
+    """Statistics as means over tokens where the loss is divided by a constant."""
+    if PRESETS[config.loss].aggregation != "constant":
+        return metrics
+    scale = _divisor(config, counts) / counts[0].clamp(min=1)
+    as_they_are = ("policy_loss", "ratio_max")
+    return {name: x if name in as_they_are else x * scale for name, x in metrics.items()}
