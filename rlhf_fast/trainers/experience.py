@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -62,36 +64,38 @@ def make_experience(
             old_logprobs.append(evaluation.logprobs)
             ref_logprobs.append(reference.logprobs[:, piece.prompt_length :])
             values.append(evaluation.values)
-    old, reference_ = torch.cat(old_logprobs), torch.cat(ref_logprobs)
-    known = (rollout, scores, old, reference_)
+    scored = _Scored(rollout, scores, torch.cat(old_logprobs), torch.cat(ref_logprobs))
     if PRESETS[config.loss].needs_groups:
-        return Experience(*known, _group_advantages(*known, config, kl_coef))
+        return Experience(*scored, _group_advantages(scored, config, kl_coef))
     if PRESETS[config.loss].needs_critic:
         value = torch.cat(values)
-        return Experience(*known, *_critic_advantages(*known, value, config, kl_coef))
+        advantages, returns = _critic_advantages(scored, value, config, kl_coef)
+        return Experience(*scored, advantages, value, returns)
     # A critic that says 0 everywhere leaves the discounted returns.
-    advantages, *_ = _shaped(*known, torch.zeros_like(old), config, kl_coef, lam=1.0)
-    return Experience(*known, advantages)
+    nothing = torch.zeros_like(scored.old_logprobs)
+    return Experience(*scored, _scan(scored, nothing, config, kl_coef, lam=1.0)[0])
 
 
-def _shaped(
-    rollout: Rollout,
-    scores: Tensor,
-    old: Tensor,
-    ref: Tensor,
-    values: Tensor,
-    config: PPOConfig,
-    kl_coef: float,
-    lam: float | str,
+class _Scored(NamedTuple):
+    """What an experience begins with."""
+
+    rollout: Rollout
+    scores: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+
+
+def _scan(
+    scored: _Scored, values: Tensor, config: PPOConfig, kl_coef: float, lam: float | str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages, returns and rewards `[B, T]` as configured, but for whitened rewards."""
     adaptive = lam == "adaptive"
     return ppo_advantages(
-        scores,
-        old,
-        ref,
+        scored.scores,
+        scored.old_logprobs,
+        scored.ref_logprobs,
         values,
-        rollout.completion_mask,
+        scored.rollout.completion_mask,
         kl_coef=kl_coef,
         gamma=config.gamma,
         lam=1.0 if adaptive else float(lam),
@@ -99,25 +103,17 @@ def _shaped(
         value_lam=config.value_lam,
         whiten=config.whiten_advantages and not config.whiten_rewards,
         missing_eos_penalty=config.missing_eos_penalty,
-        finished=rollout.finished,
+        finished=scored.rollout.finished,
     )
 
 
 def _critic_advantages(
-    rollout: Rollout,
-    scores: Tensor,
-    old: Tensor,
-    ref: Tensor,
-    values: Tensor,
-    config: PPOConfig,
-    kl_coef: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages, values and returns `[B, T]`."""
-    mask = rollout.completion_mask
-    advantages, returns, rewards = _shaped(
-        rollout, scores, old, ref, values, config, kl_coef, config.lam
-    )
+    scored: _Scored, values: Tensor, config: PPOConfig, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns `[B, T]`."""
+    advantages, returns, rewards = _scan(scored, values, config, kl_coef, config.lam)
     if config.whiten_rewards:
+        mask = scored.rollout.completion_mask
         rewards = masked_whiten(rewards, mask, shift_mean=False)
         lam = float(config.lam)
         advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=lam)
@@ -125,23 +121,16 @@ def _critic_advantages(
             returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.value_lam)[1]
         if config.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
-    return advantages, values, returns
+    return advantages, returns
 
 
-def _group_advantages(
-    rollout: Rollout,
-    scores: Tensor,
-    old: Tensor,
-    ref: Tensor,
-    config: PPOConfig,
-    kl_coef: float,
-) -> Tensor:
+def _group_advantages(scored: _Scored, config: PPOConfig, kl_coef: float) -> Tensor:
     """`[B]`: each completion against the others of its prompt, by score less the KL's price."""
-    rewards = scores
+    rewards = scored.scores
     if kl_coef != 0.0:
-        rewards = rewards - kl_coef * (old - ref).sum(1)
+        rewards = rewards - kl_coef * (scored.old_logprobs - scored.ref_logprobs).sum(1)
     if config.missing_eos_penalty is not None:
-        rewards = rewards - config.missing_eos_penalty * ~rollout.finished
+        rewards = rewards - config.missing_eos_penalty * ~scored.rollout.finished
     kind = PRESETS[config.loss].advantages
     return group_advantages(rewards, config.samples_per_prompt, kind=kind)
 
