@@ -51,11 +51,25 @@ def _explain(owner: type[BaseModel], error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-class _Config(BaseModel):
-    # What a resumed run may change: the rest would make it another run.
-    may_change: ClassVar[frozenset[str]] = frozenset({"save_every", "log_with", "micro_batch_size"})
+class Strict(BaseModel):
+    """Frozen, without unknown keys, and with errors that name key and value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`, checked like a new one."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+class _Config(Strict):
+    # What a resumed run may change: the rest would make it another run.
+    may_change: ClassVar[frozenset[str]] = frozenset({"save_every", "log_with", "micro_batch_size"})
 
     seed: int = Field(
         0, ge=0, lt=2**32, description="seed of initialisation, data order and sampling"
@@ -81,20 +95,10 @@ class _Config(BaseModel):
     )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: none")
 
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
-
     @property
     def micro_batch(self) -> int:
         """Sequences a forward pass, over all processes."""
         return self.micro_batch_size or self.batch_size
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with `changes`, checked like a new one."""
-        return type(self)(**{**self.model_dump(), **changes})
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:

@@ -58,18 +58,23 @@ class Rollout(_Rows):
         tokens: int64 `[B, P + T]`, prompts padded on the left, completions on the right.
         mask: bool `[B, P + T]`, True where there is a token (not padding).
         completion_mask: bool `[B, T]`, True for sampled tokens, the final EOS among them.
+        finished: bool `[B]`, True where the completion ends in EOS or another stop token; False
+            where it was cut off at its greatest length.
         logprobs: fp32 `[B, T]`, of the sampled tokens under the distribution that they were
-            sampled from; 0 where `completion_mask` is False.
-        finished: bool `[B]`, True where the completion ends in EOS or another stop token.
-        weight_version: number of weight updates the sampling policy had seen.
+            sampled from; 0 where `completion_mask` is False. None where that is not known.
+        weight_version: int64 `[B]`, number of weight updates the sampling policy had seen. None
+            where that is not known.
+        prompt_index: int64 `[B]`, number of the prompt in the list that was sampled from. None for
+            one completion a prompt, in order.
     """
 
     tokens: Tensor
     mask: Tensor
     completion_mask: Tensor
-    logprobs: Tensor
     finished: Tensor
-    weight_version: int = 0
+    logprobs: Tensor | None = None
+    weight_version: Tensor | None = None
+    prompt_index: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -84,6 +89,11 @@ class Rollout(_Rows):
         """bool `[B, P + T]`: True for the sampled tokens."""
         padding = self.completion_mask.new_zeros(len(self), self.prompt_length)
         return torch.cat([padding, self.completion_mask], dim=1)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Of each completion: "stop" (an EOS or stop token) or "length" (it was cut off)."""
+        return ["stop" if finished else "length" for finished in self.finished.tolist()]
 
     def completion_ids(self) -> list[list[int]]:
         """The sampled token ids of each sequence, the final EOS among them."""
@@ -100,10 +110,14 @@ class Rollout(_Rows):
         *,
         pad_id: int,
         eos_ids: Sequence[int] = (),
+        finished: Sequence[bool] | None = None,
         logprobs: Sequence[Sequence[float]] | None = None,
-        weight_version: int = 0,
+        weight_version: int | None = None,
+        prompt_index: Sequence[int] | None = None,
     ) -> Self:
-        """Pads lists of ids; a completion that ends in one of `eos_ids` counts as finished.
+        """Pads lists of ids; one prompt a completion.
+
+        Unless `finished` says it, a completion that ends in one of `eos_ids` counts as finished.
 
         Raises:
             ValueError: The lists differ in length, a prompt or completion is empty, or its
@@ -131,16 +145,24 @@ class Rollout(_Rows):
                 )
         left, left_mask = pad(prompts, pad_id, side="left")
         right, right_mask = pad(completions, pad_id, side="right")
-        padded = torch.zeros(right.shape, dtype=torch.float32)
+        padded = None
         if logprobs is not None:
-            padded[right_mask] = torch.tensor([p for row in logprobs for p in row])
+            padded = torch.zeros(right.shape, dtype=torch.float32)
+            padded[right_mask] = torch.tensor(
+                [p for row in logprobs for p in row], dtype=torch.float32
+            )
+        if finished is None:
+            finished = [row[-1] in set(eos_ids) for row in completions]
         return cls(
             tokens=torch.cat([left, right], dim=1),
             mask=torch.cat([left_mask, right_mask], dim=1),
             completion_mask=right_mask,
+            finished=torch.tensor(list(finished)),
             logprobs=padded,
-            finished=torch.tensor([row[-1] in set(eos_ids) for row in completions]),
-            weight_version=weight_version,
+            weight_version=(
+                None if weight_version is None else torch.full((len(completions),), weight_version)
+            ),
+            prompt_index=None if prompt_index is None else torch.tensor(list(prompt_index)),
         )
 
 
@@ -156,6 +178,8 @@ class Experience(_Rows):
         advantages: `[B, T]`, or `[B]` for one per sequence.
         values: `[B, T]`, the critic's before the update; None without a critic.
         returns: `[B, T]`, what the critic learns; None without one.
+        importance_weights: `[B, T]`, of the sampled tokens, policy before the update over where
+            they were sampled; None for none.
     """
 
     rollout: Rollout
@@ -165,6 +189,7 @@ class Experience(_Rows):
     advantages: Tensor
     values: Tensor | None = None
     returns: Tensor | None = None
+    importance_weights: Tensor | None = None
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ if find_spec("pydantic") is None:
 KNOWN_SKIPS = (
     r"needs an NVIDIA GPU",
     r"shared data folder",
+    r"needs vLLM",
 )
 # Accepted where a user runs the tests, not in CI, which has a compiler and Triton.
 KNOWN_SKIPS_OUTSIDE_CI = (
@@ -50,6 +51,13 @@ def _nan_in_fresh_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="needs vLLM: `make test-vllm`"))
 
 
 def _unknown_skips(reporter: pytest.TerminalReporter) -> list[str]:

@@ -1,0 +1,118 @@
+"""What adapters of peft do to the weights that they adapt.
+
+peft is no dependency: a model can hold its modules only where the program has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class WeightsError(ValueError):
+    """Another engine cannot be given these weights whole and unchanged."""
+
+
+def full(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or all of a sharded one: then every rank of its mesh takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_adapters(root: nn.Module) -> None:
+    """Raises `WeightsError` if `root` holds an adapter that is not LoRA, active or not."""
+    if "peft" not in sys.modules:
+        return
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    for module in root.modules():
+        # Those that learn prompts stand beside the language model and leave no trace in it.
+        if isinstance(module, PeftModel | BaseTuner):
+            for name, config in module.peft_config.items():
+                if config.peft_type != "LORA":
+                    raise WeightsError(
+                        f"the adapter {name!r} is of type {config.peft_type}: only LoRA can be "
+                        "folded into the weights that are sent; use LoRA, or merge it first"
+                    )
+
+
+def adapted(module: Any) -> tuple[nn.Module, Any]:
+    """The module whose weights `module` computes with, and the LoRA layer that adds to them.
+
+    Returns:
+        `module` and None for what is not peft's; the copy that is in force for a module of
+        `modules_to_save`; the layer below and `module` for a LoRA layer.
+
+    Raises:
+        WeightsError: The effect of `module` is not a sum with the weights below.
+    """
+    if not type(module).__module__.startswith("peft."):
+        return module, None
+    from peft.tuners import lora
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        active, copies = module.active_adapters, module.modules_to_save
+        trained = bool(active) and all(name in copies for name in active)
+        in_force = trained and not module.disable_adapters
+        return copies[active[0]] if in_force else module.original_module, None
+    # Exact types: layers of quantised models and further variants derive from them.
+    if type(module) not in (lora.Linear, lora.Embedding):
+        raise WeightsError(
+            f"{type(module).__module__}.{type(module).__name__} is not supported: what it adds to "
+            "the weights is not known; use plain LoRA on Linear and Embedding layers, or merge it "
+            "first"
+        )
+    for name, _ in _in_force(module):
+        variant = getattr(module, "lora_variant", {}).get(name)
+        if variant is not None or module.use_dora.get(name):
+            kind = "DoRA" if module.use_dora.get(name) else type(variant).__name__
+            raise WeightsError(
+                f"the adapter {name!r} is a variant of LoRA ({kind}) whose effect is not W + BA; "
+                "use plain LoRA, or merge it first"
+            )
+        if getattr(module, "lora_bias", {}).get(name) and module.base_layer.bias is None:
+            raise WeightsError(
+                f"the adapter {name!r} has a bias (lora_bias) on a layer that has none, so no "
+                "weight of the model can hold it; train it without lora_bias"
+            )
+    return module.base_layer, module
+
+
+def _in_force(layer: Any) -> Iterator[tuple[str, int]]:
+    """Adapters that `layer` would still add (1) to the weight that it stores, or take off (-1)."""
+    if layer.disable_adapters:
+        # peft takes merged adapters off in its next forward pass.
+        names, sign = layer.merged_adapters, -1
+    else:
+        # Once one is merged peft computes with the stored weight alone.
+        names, sign = [] if layer.merged else layer.active_adapters, 1
+    yield from ((n, sign) for n in names if n in layer.lora_A or n in layer.lora_embedding_A)
+
+
+def _change(layer: Any, adapter: str, name: str) -> Tensor | None:
+    if name == "weight":
+        return layer.get_delta_weight(adapter)
+    if name == "bias" and getattr(layer, "lora_bias", {}).get(adapter):
+        return layer.lora_B[adapter].bias * layer.scaling[adapter]
+    return None
+
+
+def changes(layer: Any, name: str) -> Iterator[Tensor]:
+    """What the adapters in force add to `name` of the layer below; whole tensors."""
+    for adapter, sign in _in_force(layer):
+        change = _change(layer, adapter, name)
+        if change is not None:
+            yield sign * full(change)
+
+
+def is_changed(layer: Any, name: str) -> bool:
+    """Whether an adapter in force adds to `name` of the layer below."""
+    return any(
+        name == "weight" or getattr(layer, "lora_bias", {}).get(adapter)
+        for adapter, _ in _in_force(layer)
+    )
