@@ -76,6 +76,7 @@ def ppo(
     tokenizer: Any = None,
     ref: Any = None,
     critic: Any = "auto",
+    rollout: Any = "auto",
     run_dir: Any = None,
     resume: bool = False,
     pad_token: str | None = None,
@@ -84,19 +85,21 @@ def ppo(
 ) -> PPOTrainer:
     """Trains `model` on `reward` by PPO, or what `loss` names; returns the trainer.
 
-    Its `.model` is the result. Arguments are those of `PPOTrainer`; `config` holds fields of
-    `PPOConfig`.
+    Its `.model` is the result; its rollout engine is closed. Arguments are those of `PPOTrainer`;
+    `config` holds fields of `PPOConfig`.
     """
-    return PPOTrainer(
+    with PPOTrainer(
         model,
         reward=reward,
         prompts=prompts,
         tokenizer=tokenizer,
         ref=ref,
         critic=critic,
+        rollout=rollout,
         config=PPOConfig(**config),
         run_dir=run_dir,
         resume=resume,
         pad_token=pad_token,
         bad_rows=bad_rows,
-    ).train()
+    ) as trainer:
+        return trainer.train()

@@ -82,13 +82,16 @@ def demo(
         Path | None, typer.Option(help="Folder for results.", show_default="runs/demo-<time>")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, training and sampling.")] = 0,
+    rollout: Annotated[
+        str, typer.Option(help="Engine of the rollouts: auto, hf or vllm.")
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
     """Run SFT, a reward model and PPO on embedded data, in minutes on a CPU."""
     with _one_line_errors(debug):
         import rlhf_fast.demo
 
-        rlhf_fast.demo.main(run_dir=run_dir, seed=seed)
+        rlhf_fast.demo.main(run_dir=run_dir, seed=seed, rollout=rollout)
 
 
 @app.command()
@@ -146,10 +149,16 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         from rlhf_fast.backends import BackendUnavailable
         from rlhf_fast.rewards import RewardError
+        from rlhf_fast.rollout import RolloutMismatch
 
         mendable = isinstance(
             error,
-            ValueError | OSError | FloatingPointError | RewardError | BackendUnavailable,
+            ValueError
+            | OSError
+            | FloatingPointError
+            | RewardError
+            | BackendUnavailable
+            | RolloutMismatch,
         )
         if debug or not mendable:
             raise

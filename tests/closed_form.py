@@ -27,7 +27,7 @@ def symbol_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="d", pad_token="d")
 
 
-def random_model(seed: int, std: float = 0.1) -> GPT2LMHeadModel:
+def random_model(seed: int, std: float = 0.1, width: int = 48, heads: int = 4) -> GPT2LMHeadModel:
     """A tiny GPT-2 whose weights are large enough that its distributions are far from uniform.
 
     It has absolute positions for a reason: to rotary ones a text that repeats its first symbol
@@ -36,9 +36,9 @@ def random_model(seed: int, std: float = 0.1) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=len(SYMBOLS),
         n_positions=8,
-        n_embd=48,
+        n_embd=width,
         n_layer=2,
-        n_head=4,
+        n_head=heads,
         initializer_range=std,
         bos_token_id=None,
         eos_token_id=None,

@@ -54,8 +54,8 @@ class Api(types.ModuleType):
             note("reward", dict(locals()))
 
         def ppo(
-            model, *, reward, prompts, tokenizer=None, ref=None, critic="auto", run_dir=None,
-            resume=False, pad_token=None, bad_rows="error", **config,
+            model, *, reward, prompts, tokenizer=None, ref=None, critic="auto", rollout="auto",
+            run_dir=None, resume=False, pad_token=None, bad_rows="error", **config,
         ):  # fmt: skip
             note("ppo", dict(locals()))
 
@@ -104,7 +104,7 @@ def test_a_run_file_and_overrides_reach_the_one_liner_and_overrides_win(api: Api
         "max_grad_norm": None,
     }
     defaults = {"tokenizer": None, "ref": None, "critic": "auto", "pad_token": None}
-    defaults["bad_rows"] = "error"
+    defaults |= {"bad_rows": "error", "rollout": "auto"}
     assert values == {**defaults, **PPOConfig().model_dump(), **given}
     assert "out" in result.stdout
 
@@ -282,10 +282,10 @@ def test_the_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     fake(monkeypatch, "demo", lambda **options: calls.append(options))
     assert run("demo").exit_code == 0
-    assert run("demo", "--run-dir", "there", "--seed", "3").exit_code == 0
+    assert run("demo", "--run-dir", "there", "--seed", "3", "--rollout", "vllm").exit_code == 0
     assert calls == [
-        {"run_dir": None, "seed": 0},
-        {"run_dir": Path("there"), "seed": 3},
+        {"run_dir": None, "seed": 0, "rollout": "auto"},
+        {"run_dir": Path("there"), "seed": 3, "rollout": "vllm"},
     ]
 
 

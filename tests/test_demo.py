@@ -6,10 +6,12 @@ import json
 import random
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from rlhf_fast import RewardModel
-from rlhf_fast.demo import cafe, main
+from rlhf_fast import RewardModel, cli
+from rlhf_fast.demo import cafe, main, pipeline
 
 PROMPT = "Guest: Hello! One soup, please.\nWaiter:"
 
@@ -62,3 +64,34 @@ def test_ppo_closes_most_of_the_gap_to_the_best_true_utility(seed, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / stage / "model")
         assert (tmp_path / stage / "metrics.jsonl").exists()
     RewardModel.from_pretrained(tmp_path / "reward" / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_command_closes_the_gap_with_rollouts_of_vllm_too(tmp_path):
+    report = main(run_dir=tmp_path, seed=0, rollout="hf")
+    asked, held_out = cafe.split_prompts(pipeline.HELD_OUT, 0)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in asked))
+    run = {
+        "model": str(tmp_path / "sft" / "model"),
+        "reward": str(tmp_path / "reward" / "model"),
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "run_dir": str(tmp_path / "vllm"),
+        "rollout": "vllm",
+        **pipeline.PPO,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    result = CliRunner().invoke(cli.app, ["ppo", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 0, result.output
+    model, ref = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder / "model").eval()
+        for folder in ("vllm", "sft")
+    )
+    reward = RewardModel.from_pretrained(tmp_path / "reward" / "model").eval()
+    after = pipeline.evaluate(model, ref, reward, held_out, seed=3)
+    before = report["utility_before"]
+    gap_closed = (after.utility - before) / (cafe.BEST_UTILITY - before)
+    print(f"gap closed: {gap_closed:.1%} with vLLM, {report['gap_closed']:.1%} with transformers")
+    assert gap_closed >= 0.7
+    rows = [json.loads(x) for x in (tmp_path / "vllm/metrics.jsonl").read_text().splitlines()]
+    assert max(row["mismatch_max"] for row in rows) < 1e-3

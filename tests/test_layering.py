@@ -12,7 +12,7 @@ LAYERS = (
     {"kernels"},
     {"compiled", "_C", "_cuda"},
     {"backends"},
-    {"ops", "doctor"},
+    {"ops"},
     {
         "config",
         "presets",
@@ -29,7 +29,7 @@ LAYERS = (
     {"rollout", "rewards"},
     {"trainers"},
     {"api"},
-    {"demo", "_runfile", "cli"},
+    {"demo", "doctor", "_runfile", "cli"},
 )
 # Third-party packages that only these modules may import.
 RESERVED = {

@@ -13,8 +13,10 @@ from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, backen
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
 
 
-def train_closed_form(seed, iterations, batch, *, length=LENGTH, critic="model", **config):
-    model = random_model(seed)
+def train_closed_form(
+    seed, iterations, batch, *, length=LENGTH, critic="model", rollout="hf", heads=4, **config
+):
+    model = random_model(seed, width=64 if heads == 2 else 48, heads=heads)
     problem = Problem.make(model, seed, length=length)
     trainer = PPOTrainer(
         model,
@@ -22,12 +24,14 @@ def train_closed_form(seed, iterations, batch, *, length=LENGTH, critic="model",
         prompts=["^"],
         tokenizer=symbol_tokenizer(),
         critic="auto" if "loss" in config else critic,
+        rollout=rollout,
         config=PPOConfig(**{
             "seed": seed, "iterations": iterations, "rollout_batch_size": batch,
             "batch_size": batch, "epochs": 2, "max_new_tokens": length, "ignore_eos": True,
             "kl_coef": problem.beta, "learning_rate": 1e-3, "max_length": 8, **config,
         }),
     ).train()  # fmt: skip
+    trainer.close()
     return problem, trainer.model, trainer.run.history
 
 
@@ -39,6 +43,20 @@ def test_gate_a_ppo_reaches_the_closed_form_optimum(seed):
     assert problem.total_variation(logprobs) <= 0.06
     # At the optimum every sampled score - beta * log(policy / ref) is beta * log Z.
     assert history[-1]["soft_return"] == pytest.approx(problem.best, abs=0.05)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+def test_gate_a_holds_with_rollouts_of_vllm(seed):
+    """Two heads, of 32: the least that vLLM's attention takes on a CPU."""
+    problem, model, history = train_closed_form(
+        seed, iterations=80, batch=128, rollout="vllm", heads=2
+    )
+    logprobs = sequence_logprobs(model, problem.completions)
+    assert problem.gap_closed(logprobs) >= 0.99
+    assert problem.total_variation(logprobs) <= 0.06
+    assert max(row["mismatch_max"] for row in history) < 1e-3
+    assert max(row.get("probe_max_abs", 0.0) for row in history) < 1e-3
 
 
 @pytest.mark.parametrize("seed", [0, 1])

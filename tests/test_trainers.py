@@ -265,7 +265,7 @@ def test_a_kl_in_the_loss_holds_the_policy_near_the_reference(model, tokenizer, 
             copy.deepcopy(model), reward=length_reward, prompts=PROMPTS, tokenizer=tokenizer,
             config=ppo_config(
                 iterations=8, kl_coef=0.0, kl_loss_coef=coefficient, kl_loss_kind=kind,
-                learning_rate=5e-3,
+                learning_rate=5e-3, rollout_batch_size=64, batch_size=64,
             ),
         ).train()  # fmt: skip
         return trainer.run.history[-1]["kl"]

@@ -123,12 +123,13 @@ def evaluate(
     )
 
 
-def main(run_dir: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
+def main(run_dir: str | Path | None = None, seed: int = 0, rollout: str = "auto") -> dict[str, Any]:
     """Runs the pipeline, prints what it finds and keeps it in `run_dir`.
 
     Args:
         run_dir: A folder for this run alone; by default `runs/demo-<time>`.
         seed: Of the data, the weights, the training and the sampling.
+        rollout: Engine of PPO's rollouts: "auto", "hf" or "vllm".
 
     Returns:
         The report, as in `run_dir/report.json`.
@@ -153,7 +154,7 @@ def main(run_dir: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
         [row["prompt"] + row["completion"] for row in demonstrations], vocab_size=512
     )
     sft = SFTTrainer(
-        tiny_llama(tokenizer, hidden_size=64, context=64, seed=seed),
+        tiny_llama(tokenizer, heads=3, context=64, seed=seed),  # heads of 32, as vLLM wants
         demonstrations,
         tokenizer=tokenizer,
         config=SFTConfig(seed=seed, **SFT),
@@ -183,14 +184,16 @@ def main(run_dir: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
         answered.extend(zip(prompts, completions, strict=True))
         return reward.model.score(prompts, completions)
 
-    ppo = PPOTrainer(
+    with PPOTrainer(
         sft.model,
         reward=pleased,
         prompts=train_prompts,
         tokenizer=tokenizer,
         config=PPOConfig(seed=seed, **PPO),
+        rollout=rollout,
         run_dir=run_dir / "ppo",
-    ).train()
+    ) as ppo:
+        ppo.train()
     after = evaluate(ppo.model, ref, reward.model, test_prompts, seed + 3)
 
     report = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,17 @@ from torch import Tensor, nn
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import Experience, Rollout
 from rlhf_fast.models import evaluating
-from rlhf_fast.ops import gae, group_advantages, masked_var, masked_whiten, ppo_advantages
+from rlhf_fast.ops import (
+    gae,
+    group_advantages,
+    importance_weights,
+    masked_var,
+    masked_whiten,
+    ppo_advantages,
+)
 from rlhf_fast.policy import Policy
 from rlhf_fast.presets import PRESETS
+from rlhf_fast.rollout import RolloutConfig
 
 ADAPTIVE_LAM = 0.05
 """alpha of the length-adaptive lambda (Yue et al. 2025, arXiv:2504.05118, section 4.2)."""
@@ -133,6 +142,42 @@ def _group_advantages(scored: _Scored, config: PPOConfig, kl_coef: float) -> Ten
         rewards = rewards - config.missing_eos_penalty * ~scored.rollout.finished
     kind = PRESETS[config.loss].advantages
     return group_advantages(rewards, config.samples_per_prompt, kind=kind)
+
+
+def correct(
+    experience: Experience, config: RolloutConfig, *, truncated: bool = False
+) -> tuple[Experience, dict[str, Tensor]]:
+    """Weighs an experience by how likely its tokens were where they were sampled.
+
+    The engine that sampled computes by other kernels, perhaps in another precision, and perhaps it
+    had older weights; its log-probs beside the trainer's own tell both.
+
+    Args:
+        experience: What was sampled and scored.
+        config: Level, mode and bounds of the weights.
+        truncated: The engine sampled with top-k or top-p. Its log-probs are then larger throughout,
+            by what was cut off; a weight would scale the loss by that, so there is none.
+
+    Returns:
+        The experience with importance weights, if `config` asks for them, and the metrics of
+        `ops.importance_weights`, always; both as they were, and none, for a rollout whose
+        log-probs are not known.
+    """
+    rollout = experience.rollout
+    if rollout.logprobs is None:
+        return experience, {}
+    weights, metrics = importance_weights(
+        experience.old_logprobs,
+        rollout.logprobs,
+        rollout.completion_mask,
+        level="token" if config.correction == "none" else config.correction,
+        mode=config.correction_mode,
+        low=config.weight_low,
+        high=config.weight_high,
+    )
+    if truncated or config.correction == "none":
+        return experience, metrics
+    return dataclasses.replace(experience, importance_weights=weights), metrics
 
 
 def describe(experience: Experience, kl_coef: float) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast import rewards
 from rlhf_fast.actor_critic import ActorCritic, choose_critic
 from rlhf_fast.config import ConfigError, PPOConfig, checked
-from rlhf_fast.data import Rollout, batch_indices, check_length, encode_prompt
+from rlhf_fast.data import Rollout, batch_indices
 from rlhf_fast.loading import DataError, Prompt, load_prompts
 from rlhf_fast.models import (
     check_vocabulary,
@@ -26,11 +25,11 @@ from rlhf_fast.models import (
     vocabulary_size,
 )
 from rlhf_fast.policy import Policy
-from rlhf_fast.presets import PRESETS
-from rlhf_fast.rollout import HFEngine, RolloutEngine, Sampling
+from rlhf_fast.rollout import RolloutConfig, RolloutEngine
 from rlhf_fast.scalar_models import RewardModel, ScalarModel
 from rlhf_fast.trainers import checkpoint
-from rlhf_fast.trainers.experience import check_groups, describe, make_experience
+from rlhf_fast.trainers.experience import correct, describe, make_experience
+from rlhf_fast.trainers.rollouts import Rollouts, check_correction, check_rollout, prompt_ids
 from rlhf_fast.trainers.run import Run
 from rlhf_fast.trainers.update import update
 
@@ -54,7 +53,9 @@ class PPOTrainer:
             reward model; see `ActorCritic`. None trains without one, by a loss that needs none
             (`config.loss`). `"auto"` is `"head"` for a loss that needs a critic, else None.
         config: See `PPOConfig`.
-        engine: Samples completions; by default `HFEngine` on the policy itself.
+        rollout: Which engine samples completions ("auto", "hf", "vllm"), how its log-probs are
+            corrected and probed: a name, a `RolloutConfig` or its fields.
+        engine: An engine of your own, in place of the one that `rollout` names.
         run_dir: Where metrics, samples, checkpoints and the policy go; None writes nothing.
         resume: Go on from the newest checkpoint in `run_dir`.
         pad_token: Padding token for a tokenizer without one.
@@ -75,6 +76,7 @@ class PPOTrainer:
         ref: str | Path | PreTrainedModel | None = None,
         critic: str | Path | ScalarModel | None = "auto",
         config: PPOConfig | None = None,
+        rollout: str | dict[str, Any] | RolloutConfig = "auto",
         engine: RolloutEngine | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
@@ -82,6 +84,7 @@ class PPOTrainer:
         bad_rows: str = "error",
     ) -> None:
         self.config = config = checked(config, PPOConfig)
+        rollout = RolloutConfig.of(rollout)
         critic = choose_critic(config.loss, critic)
         self.run = Run(config, run_dir, resume=resume)
         if (count := config.rollout_batch_size // config.samples_per_prompt) % self.run.world:
@@ -99,7 +102,9 @@ class PPOTrainer:
             self.prompts = load_prompts(
                 prompts,
                 bad_rows=bad_rows,
-                check=lambda prompt: self._prompt_ids.append(self._encode(prompt.text)),
+                check=lambda prompt: self._prompt_ids.append(
+                    prompt_ids(self.tokenizer, self.model, config, prompt.text)
+                ),
             )
         self._reward = None if reward is None else rewards.as_reward(reward).to(self.run.device)
         if self._reward is not None and self.prompts:
@@ -110,7 +115,7 @@ class PPOTrainer:
             warnings.warn(
                 f"top_k={config.top_k}, top_p={config.top_p}: completions are drawn from a "
                 "truncated distribution, but ratios and KL are those of the full one, so both "
-                "are biased; top_k=0, top_p=1 is exact",
+                "are biased, and importance weights are left out; top_k=0, top_p=1 is exact",
                 stacklevel=2,
             )
         vocabulary = vocabulary_size(self.tokenizer)
@@ -133,15 +138,18 @@ class PPOTrainer:
         )
         self._module, self._optimizer = self.run.accelerator.prepare(actor_critic, optimizer)
         self.run.accelerator.register_for_checkpointing(self._schedule)
-        self.engine = engine or HFEngine(self.model, self.tokenizer)
         self.kl_coef = config.kl_coef
         if resume:
-            self.kl_coef = checkpoint.restore(self.run)["kl_coef"]
+            state = checkpoint.restore(self.run)
+            self.kl_coef = state["kl_coef"]
+            check_correction(state.get("correction"), rollout.correction_fields())
             if self.run.step > config.iterations:
                 raise ConfigError(
                     f"the run has done {self.run.step} iterations, more than iterations = "
                     f"{config.iterations}; raise it"
                 )
+        # Last: the engine starts with the weights that were restored.
+        self.rollouts = Rollouts(self.run, wrapped, self.tokenizer, config, rollout, engine)
 
     def _check_other(self, what: str, model: PreTrainedModel) -> None:
         """Raises unless `model` can read what the policy reads and writes."""
@@ -158,25 +166,6 @@ class PPOTrainer:
     def _minibatches(self) -> int:
         return self.config.rollout_batch_size // self.config.batch_size
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = encode_prompt(self.tokenizer, prompt)
-        else:
-            ids = [int(token) for token in prompt]
-        what = f"prompt {prompt[:40]!r}"
-        if not ids:
-            raise ValueError(f"{what} has no tokens; give at least one")
-        context, new = (
-            context_length(self.model, self.config.max_length),
-            self.config.max_new_tokens,
-        )
-        remedy = (
-            f"the context is {context} tokens, max_new_tokens = {new} of them for the completion; "
-            "shorten the prompt, lower max_new_tokens, or raise max_length if the model reads more"
-        )
-        check_length(ids, context - new, what, remedy)
-        return ids
-
     def train(self) -> PPOTrainer:
         """Runs the configured iterations; returns itself."""
         if not self.prompts:
@@ -186,6 +175,7 @@ class PPOTrainer:
             started = time.perf_counter()
             rows = self._rows(iteration)
             rollout = self.generate([self._prompt_ids[i] for i in rows])
+            self.rollouts.release()
             sampled = time.perf_counter()
             scores, extra = self.score(rollout, rows)
             scored = time.perf_counter()
@@ -193,12 +183,16 @@ class PPOTrainer:
             times = {
                 "seconds_generate": sampled - started,
                 "seconds_score": scored - sampled,
-                "seconds_update": time.perf_counter() - scored,
+                "seconds_update": time.perf_counter() - scored - metrics["seconds_sync"],
             }
             run.log({**metrics, **extra, **times})
             run.keep_samples(self._describe_samples(rollout, rows, scores))
             if config.save_every and run.step % config.save_every == 0:
-                checkpoint.save(run, {"kl_coef": self.kl_coef}, self.save)
+                state = {
+                    "kl_coef": self.kl_coef,
+                    "correction": self.rollouts.config.correction_fields(),
+                }
+                checkpoint.save(run, state, self.save)
         if run.folder is not None and run.accelerator.is_main_process:
             self.save(run.open_folder() / "model")
         run.finish()
@@ -211,10 +205,15 @@ class PPOTrainer:
             {
                 "prompt": self.prompts[row].text,
                 "completion": self.tokenizer.decode(ids),
+                "finish_reason": reason,
                 "score": score,
             }
-            for row, ids, score in zip(
-                rows[:most], rollout.completion_ids(), scores.tolist(), strict=False
+            for row, ids, reason, score in zip(
+                rows[:most],
+                rollout.completion_ids(),
+                rollout.finish_reasons,
+                scores.tolist(),
+                strict=False,
             )
         ]
 
@@ -230,21 +229,7 @@ class PPOTrainer:
 
         For several of one prompt, repeat it.
         """
-        config = self.config
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts is one string, {prompts[:40]!r}; give a list of prompts")
-        ids = [self._encode(prompt) for prompt in prompts]
-        sampling = Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            ignore_eos=config.ignore_eos,
-            # A function of the step, so that a resumed run draws what the first would have.
-            seed=((config.seed * 1_000_003 + self.run.step) * 4_099 + self.run.rank) % 2**63,
-        )
-        with self.run.accelerator.autocast():  # as in training: one policy, one precision
-            return self.engine.generate(ids, sampling)
+        return self.rollouts.generate(prompts)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         """The reward function's scores `[B]` of completions of the prompts numbered `rows`."""
@@ -276,22 +261,8 @@ class PPOTrainer:
                 f"{config.lr_schedule} schedule ends: nothing would be learnt; raise iterations, "
                 "or set lr_schedule='constant'"
             )
-        if len(rollout) * run.world != config.rollout_batch_size:
-            raise ValueError(
-                f"the rollout has {len(rollout) * run.world} completions, but rollout_batch_size "
-                f"= {config.rollout_batch_size}; schedule and batches rest on it: make them equal"
-            )
-        try:
-            scores = torch.as_tensor(scores, dtype=torch.float32).to(run.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"scores are no numbers ({error}); give one a completion") from None
-        if scores.shape != (len(rollout),) or not scores.isfinite().all():
-            raise ValueError(
-                f"scores has shape {list(scores.shape)} and {int((~scores.isfinite()).sum())} "
-                f"non-finite values; give one finite number for each of {len(rollout)} completions"
-            )
-        if PRESETS[config.loss].needs_groups:
-            check_groups(rollout, config.samples_per_prompt)
+        scores = check_rollout(rollout, scores, config, run)
+        self.rollouts.release()
         micro_batch = config.micro_batch // run.world
         with run.accelerator.autocast():  # the reference, too, in the policy's precision
             experience = make_experience(
@@ -303,16 +274,21 @@ class PPOTrainer:
                 self.kl_coef,
                 micro_batch,
             )
-        described = describe(experience, self.kl_coef)
+            truncated = config.top_k > 0 or config.top_p < 1
+            experience, mismatch = correct(experience, self.rollouts.config, truncated=truncated)
+        described = describe(experience, self.kl_coef) | mismatch
         rate = self._schedule.get_last_lr()[0]
         metrics = update(
             run, self._module, self._optimizer, self._schedule, self.ref, experience, config
         )
-        metrics |= run.reduce({name: value / run.world for name, value in described.items()})
+        metrics |= run.reduce_means(described)
         metrics |= {"kl_coef": self.kl_coef, "learning_rate": rate}
         self._adapt_kl(metrics["kl"], len(rollout) * run.world)
         run.step += 1
-        self.engine.update_weights(run.step)
+        report = self.rollouts.sync()
+        metrics["seconds_sync"] = report.seconds
+        if report.probe_max_abs is not None:
+            metrics["probe_max_abs"] = report.probe_max_abs
         return metrics
 
     def _adapt_kl(self, kl: float, sequences: int) -> None:
@@ -320,6 +296,19 @@ class PPOTrainer:
         if self.config.kl_target is not None:
             error = min(max(kl / self.config.kl_target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * sequences / self.config.kl_horizon
+
+    def close(self) -> None:
+        """Ends the rollout engine and gives its memory back; the model stays.
+
+        `with PPOTrainer(...) as trainer:` does so at the end.
+        """
+        self.rollouts.engine.close()
+
+    def __enter__(self) -> PPOTrainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def save(self, folder: Path) -> None:
         """Writes policy and tokenizer; `AutoModelForCausalLM.from_pretrained` reads them."""

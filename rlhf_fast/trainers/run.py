@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Run:
         set_seed(config.seed)
         self.step = 0
         self.history: list[dict[str, float]] = []
+        self._bar: Progress | None = None
         if config.log_with is not None:
             self.accelerator.init_trackers("rlhf_fast", config.model_dump())
 
@@ -188,6 +189,11 @@ class Run:
             metrics = {k: v.amax() if k.endswith("max") else v.sum() for k, v in metrics.items()}
         return {name: float(x) for name, x in metrics.items()}
 
+    def reduce_means(self, metrics: Metrics) -> dict[str, float]:
+        """Means over all processes, of equal shares, or the maximum where the name ends so."""
+        shares = {k: v if k.endswith("max") else v / self.world for k, v in metrics.items()}
+        return self.reduce(shares)
+
     def log(self, metrics: dict[str, float]) -> None:
         """Appends `metrics` of the current step to the history, metrics.jsonl and the tracker.
 
@@ -250,11 +256,28 @@ class Run:
         quiet = not self.accelerator.is_main_process
         with Progress(*columns, disable=quiet) as bar:
             task = bar.add_task(title, total=total, completed=self.step, shown="")
-            for step in range(self.step, total):
-                yield step
-                last = self.history[-1].get(show) if self.history else None
-                shown = "" if last is None else f"{show} {last:.3f}"
-                bar.update(task, completed=step + 1, shown=shown)
+            self._bar = bar
+            try:
+                for step in range(self.step, total):
+                    yield step
+                    last = self.history[-1].get(show) if self.history else None
+                    shown = "" if last is None else f"{show} {last:.3f}"
+                    bar.update(task, completed=step + 1, shown=shown)
+            finally:
+                self._bar = None
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A second bar under that of `steps`, which the function it gives moves forward."""
+        bar = self._bar
+        if bar is None:
+            yield lambda count: None
+            return
+        task = bar.add_task(f"  {title}", total=total, shown="")
+        try:
+            yield lambda count: bar.advance(task, count)
+        finally:
+            bar.remove_task(task)
 
     def finish(self) -> None:
         """Closes the trackers; not `end_training`, which ends the process group for good."""

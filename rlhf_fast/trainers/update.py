@@ -79,6 +79,7 @@ def ppo_loss(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         normalizer=_divisor(config, counts),
+        importance_weights=piece.importance_weights,
         entropy=new.entropy,
         entropy_coef=config.entropy_coef,
         ref_logprobs=piece.ref_logprobs if in_loss and not exact else None,
