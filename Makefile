@@ -17,7 +17,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; 
 		2>/dev/null && { echo "$$python"; exit 0; }; done; \
 	echo "no Python from 3.11 to 3.$(NEWEST) runs here; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
 
-.PHONY: help demo test test-slow test-gpu test-peers rivals bench bench-gpu lint ci install-check clean
+.PHONY: help demo test test-slow test-gpu test-vllm test-peers rivals bench bench-vllm bench-gpu lint ci install-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,6 +64,25 @@ $(PEERS)/.ready: pyproject.toml constraints.txt tests/peers/imports.txt tests/pe
 test-peers: $(PEERS)/.ready  ## our ops against verl's, OpenRLHF's and TRL's own code
 	$(PEERS)/bin/python -m pytest tests/peers
 
+# vLLM's CPU build declares more than it needs here, and other versions than constraints.txt: what it
+# imports is in vllm.txt.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+$(VLLM)/.ready: pyproject.toml constraints.txt tests/rollout/vllm.txt
+	@python=$$($(FIND_PYTHON)); \
+	if ! $(VLLM)/bin/python -c 'import pip' 2>/dev/null; then "$$python" -m venv --clear $(VLLM); fi
+	$(VLLM)/bin/python -c '$(DEPENDENCIES)' > $(VLLM)/dependencies.txt
+	$(VLLM_PIP) -c constraints.txt torch
+	$(VLLM_PIP) -c constraints.txt -r $(VLLM)/dependencies.txt requests aiohttp psutil peft \
+		pytest pytest-timeout pytest-benchmark hypothesis
+	$(VLLM_PIP) --no-deps -r tests/rollout/vllm.txt
+	@touch $@
+
+# Beside $(READY) for the C++ kernels, which this environment uses from the checkout.
+test-vllm: $(READY) $(VLLM)/.ready  ## rollouts with vLLM itself, on a CPU
+	$(VLLM)/bin/python -c 'import vllm'
+	RLHF_FAST_STRICT_SKIPS=1 $(VLLM)/bin/python -m pytest -m "vllm and not slow"
+
 rivals: $(READY)  ## the wheels that the benchmarks compare with, into .benchmarks/rivals
 	mkdir -p .benchmarks/rivals
 	for wheel in openrlhf==0.11.2 trl==1.16.0 verl==0.9.1; do \
@@ -80,6 +99,9 @@ bench: rivals  ## the CPU benchmarks; the rivals' wheels are fetched
 	OMP_WAIT_POLICY=passive THP_MEM_ALLOC_ENABLE=1 $(BIN)/python $(BENCH) -m "not gpu" \
 		benchmarks/bench_token_logprobs.py benchmarks/bench_full_kl.py
 
+bench-vllm: $(READY) $(VLLM)/.ready  ## the rollout engines on the CPU, vLLM among them
+	OMP_WAIT_POLICY=passive $(VLLM)/bin/python $(BENCH) benchmarks/bench_rollout.py -m "not gpu"
+
 bench-gpu:  ## the GPU benchmarks, with the current Python and without the network
 	python3 $(BENCH) benchmarks -m gpu
 
@@ -93,6 +115,7 @@ install-check: $(READY)  ## every kind of install, into throw-away environments
 
 ci: lint install-check demo  ## everything that must hold before a merge
 	RLHF_FAST_STRICT_SKIPS=1 $(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory test-vllm
 
 clean:  ## what was built, .venv included
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info rlhf_fast/*.so
+	rm -rf $(VENV) $(PEERS) $(VLLM) build dist *.egg-info rlhf_fast/*.so
