@@ -12,8 +12,8 @@ from __future__ import annotations
 import pytest
 import torch
 from _harness import on_gpu
-from bench_rollout import GPU_MODELS
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_rollout import llama_config
+from transformers import LlamaForCausalLM
 
 from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.rollout import RolloutConfig, vllm_unavailable_reason
@@ -59,22 +59,10 @@ def constant(prompts, completions):
 def bench_ppo_iteration(benchmark, engine):
     if engine == "vllm" and (reason := vllm_unavailable_reason(torch.device("cuda"))):
         pytest.skip(reason)
-    hidden, layers, heads, kv_heads, inner, vocabulary, *_ = GPU_MODELS["0.5 B"]
+    config = llama_config("0.5 B")
+    vocabulary = config.vocab_size
     tokenizer = train_tokenizer(["a rollout"], 280)
     tokenizer.add_tokens([f"<{i}>" for i in range(vocabulary - len(tokenizer))])
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(0)

@@ -103,14 +103,28 @@ class Lengths(StoppingCriteria):
         return self.lengths <= input_ids.shape[1] - self.prompt
 
 
+def llama_config(size: str) -> LlamaConfig:
+    hidden, layers, heads, kv_heads, inner, vocabulary, *_ = (MODELS | GPU_MODELS)[size]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+
+
 class Task:
     """A model, prompts, and how many tokens each completion has."""
 
     def __init__(self, size: str, kind: str, device: str) -> None:
-        hidden, layers, heads, kv_heads, inner, vocabulary, prompts, longest = {
-            **MODELS,
-            **GPU_MODELS,
-        }[size]
+        *_, vocabulary, prompts, longest = (MODELS | GPU_MODELS)[size]
         generator = torch.Generator().manual_seed(0)
         lengths = torch.randint(8, 25, (prompts,), generator=generator).tolist()
         self.prompts = [
@@ -120,19 +134,7 @@ class Task:
         if kind == "ragged":
             some = torch.randint(longest // 8, longest + 1, (prompts,), generator=generator)
             self.lengths = some.tolist()
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
+        config = llama_config(size)
         dtype = torch.bfloat16 if device == GPU else torch.float32
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)

@@ -15,13 +15,7 @@ from decode_cases import (
 )
 
 from rlhf_fast.rollout import HFEngine, Sampling
-from rlhf_fast.scratch import tiny_llama, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran"], 280)
-    return tokenizer
+from rlhf_fast.scratch import tiny_llama
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from decode_cases import (
     LENGTHS,
     MODELS,
     PROMPTS,
-    VOCABULARY,
     build,
     check_logprobs,
     lengths,
@@ -23,14 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf_fast.rollout import HFEngine
 from rlhf_fast.rollout._context import GrowingLayer
-from rlhf_fast.scratch import tiny_llama, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran"], 280)
-    assert len(tokenizer) == VOCABULARY
-    return tokenizer
+from rlhf_fast.scratch import tiny_llama
 
 
 @pytest.mark.parametrize("kind", MODELS)
