@@ -53,6 +53,24 @@ def _nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The tokenizer of the trainers' little data."""
+    from trainer_cases import PROMPTS, WORDS
+
+    from rlhf_fast.scratch import train_tokenizer
+
+    return train_tokenizer([" ".join(WORDS) + " no end", *PROMPTS], 300)
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A Llama of a few thousand weights that reads it."""
+    from rlhf_fast.scratch import tiny_llama
+
+    return tiny_llama(tokenizer, hidden_size=32, context=64)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if find_spec("vllm") is None:
         for item in items:

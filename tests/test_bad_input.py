@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from trainer_cases import EXAMPLES, PAIRS, PROMPTS, WORDS, length_reward, ppo_config, sft_config
+from trainer_cases import EXAMPLES, PAIRS, PROMPTS, length_reward, ppo_config, sft_config
 
 import rlhf_fast
 from rlhf_fast import (
@@ -21,17 +21,7 @@ from rlhf_fast.config import ConfigError
 from rlhf_fast.loading import DataError
 from rlhf_fast.rewards import RewardError
 from rlhf_fast.scalar_models import ScalarModel
-from rlhf_fast.scratch import tiny_llama, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([" ".join(WORDS) + " no end", *PROMPTS], 300)
-
-
-@pytest.fixture
-def model(tokenizer):
-    return tiny_llama(tokenizer, hidden_size=32, context=64)
+from rlhf_fast.scratch import tiny_llama
 
 
 def test_a_second_run_in_the_same_folder_is_refused(model, tokenizer, tmp_path):

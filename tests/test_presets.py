@@ -8,27 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_cases import PROMPTS, WORDS, length_reward, ppo_config
+from trainer_cases import PROMPTS, length_reward, ppo_config
 
 from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.config import ConfigError
 from rlhf_fast.ops.policy_loss import policy_loss_reference
 from rlhf_fast.presets import PRESETS
-from rlhf_fast.scratch import tiny_llama, train_tokenizer
+from rlhf_fast.scratch import tiny_llama
 from rlhf_fast.trainers.experience import make_experience
 
 WITHOUT_CRITIC = [name for name, preset in PRESETS.items() if not preset.needs_critic]
 GROUPS = [name for name, preset in PRESETS.items() if preset.needs_groups]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([" ".join(WORDS), *PROMPTS], 300)
-
-
-@pytest.fixture
-def model(tokenizer):
-    return tiny_llama(tokenizer, hidden_size=32, context=64)
 
 
 def config_of(loss, **changes):

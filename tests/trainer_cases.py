@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from rlhf_fast import PPOConfig, SFTConfig
 
 WORDS = "the cat sat on a mat and the dog ran to the big red house by the sea".split()
@@ -31,3 +33,13 @@ def ppo_config(**changes):
 
 def length_reward(prompts, completions):
     return [float(len(text)) for text in completions]
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def assert_same(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **tolerance, msg=name)
