@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_fast.api import ppo, reward, sft
     from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig
+    from rlhf_fast.lora import LoraConfig
     from rlhf_fast.scalar_models import RewardModel
     from rlhf_fast.trainers import PPOTrainer, RewardTrainer, SFTTrainer
 
@@ -23,6 +24,7 @@ _HOMES = {
     "SFTConfig": "rlhf_fast.config",
     "RewardConfig": "rlhf_fast.config",
     "PPOConfig": "rlhf_fast.config",
+    "LoraConfig": "rlhf_fast.lora",
     "RewardModel": "rlhf_fast.scalar_models",
     "SFTTrainer": "rlhf_fast.trainers",
     "RewardTrainer": "rlhf_fast.trainers",
@@ -30,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LoraConfig",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",

@@ -28,6 +28,8 @@ ARGUMENTS = {
     "ref": "reference policy, name or folder; null: the model before training",
     "critic": "head: a value head on the policy; model: a model of its own; the folder of a reward "
     "model, to start from it; null: none; auto: head where the loss needs a critic, else none",
+    "lora": "train a LoRA adapter (needs peft): its rank, or a mapping of r, alpha, dropout, "
+    "target_modules, use_rslora (docs/lora.md), also as lora.KEY=value; null: all weights",
     "rollout": "who samples: auto, hf or vllm; or a mapping of engine and more "
     "(docs/rollouts.md), also as rollout.KEY=value",
     "run_dir": "folder for metrics, checkpoints and the trained model",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.config import ConfigError
 from rlhf_fast.data import Rollout
+from rlhf_fast.lora import own_copy
 from rlhf_fast.models import disable_dropout, hidden_size
 from rlhf_fast.policy import Policy
 from rlhf_fast.presets import PRESETS
@@ -61,8 +61,9 @@ class ActorCritic(nn.Module):
         policy: The policy; parameters of it that are frozen stay so.
         critic: `"head"`: a value head on the policy's trunk, starting at 0 (2019). `"model"`: a
             trunk of its own, copied from the policy's. A `ScalarModel`, for example a trained
-            `RewardModel`: a copy of it (TL;DR), its last-token head read at every position. None:
-            the policy alone.
+            `RewardModel`: a copy of it (TL;DR), its last-token head read at every position. Copies
+            of what has LoRA adapters train adapters of their own, over the same frozen weights;
+            others are trained whole. None: the policy alone.
     """
 
     def __init__(self, policy: Policy, critic: str | Path | ScalarModel | None = "head") -> None:
@@ -73,7 +74,7 @@ class ActorCritic(nn.Module):
         if critic == "head":
             self.head = ScalarHead(hidden_size(policy.model))
         elif critic == "model":
-            self.critic = ScalarModel(copy.deepcopy(policy.model)).requires_grad_(True)
+            self.critic = ScalarModel(own_copy(policy.model))
         elif isinstance(critic, ScalarModel):
             self.critic = critic.as_critic()
         elif critic is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.lora import ADAPTER, load_adapter
+from rlhf_fast.models import load_tokenizer
+from rlhf_fast.scalar_models import RewardModel
 from rlhf_fast.trainers import PPOTrainer, RewardTrainer, SFTTrainer
 
 
@@ -14,6 +18,7 @@ def sft(
     *,
     tokenizer: Any = None,
     eval_data: Any = None,
+    lora: Any = None,
     run_dir: Any = None,
     resume: bool = False,
     pad_token: str | None = None,
@@ -30,6 +35,7 @@ def sft(
         tokenizer=tokenizer,
         config=SFTConfig(**config),
         eval_data=eval_data,
+        lora=lora,
         run_dir=run_dir,
         resume=resume,
         pad_token=pad_token,
@@ -44,6 +50,7 @@ def reward(
     tokenizer: Any = None,
     eval_data: Any = None,
     reference_data: Any = None,
+    lora: Any = None,
     run_dir: Any = None,
     resume: bool = False,
     pad_token: str | None = None,
@@ -61,6 +68,7 @@ def reward(
         config=RewardConfig(**config),
         eval_data=eval_data,
         reference_data=reference_data,
+        lora=lora,
         run_dir=run_dir,
         resume=resume,
         pad_token=pad_token,
@@ -76,6 +84,7 @@ def ppo(
     tokenizer: Any = None,
     ref: Any = None,
     critic: Any = "auto",
+    lora: Any = None,
     rollout: Any = "auto",
     run_dir: Any = None,
     resume: bool = False,
@@ -95,6 +104,7 @@ def ppo(
         tokenizer=tokenizer,
         ref=ref,
         critic=critic,
+        lora=lora,
         rollout=rollout,
         config=PPOConfig(**config),
         run_dir=run_dir,
@@ -103,3 +113,25 @@ def ppo(
         bad_rows=bad_rows,
     ) as trainer:
         return trainer.train()
+
+
+def merge(folder: str | Path, into: str | Path) -> None:
+    """Writes the adapter in `folder` and its base as one model, in the precision of the base.
+
+    Args:
+        folder: A policy's adapter, or a reward model's.
+        into: A folder for the model, which then needs neither the base nor peft.
+
+    Raises:
+        ValueError: There is no adapter in `folder`, or `into` is it.
+    """
+    if not (Path(folder) / ADAPTER).exists():
+        raise ValueError(f"{str(folder)!r} holds no {ADAPTER}; give the folder of an adapter")
+    if Path(folder).resolve() == Path(into).resolve():
+        raise ValueError(f"{str(into)!r} holds the adapter itself; name another folder")
+    if (Path(folder) / "reward_model.json").exists():
+        RewardModel.from_pretrained(folder).merge_adapter().save_pretrained(into)
+        return
+    tokenizer = load_tokenizer(None, folder)
+    load_adapter(folder, "auto").merge_and_unload().save_pretrained(into)
+    tokenizer.save_pretrained(into)

@@ -77,6 +77,20 @@ def ppo(
 
 
 @app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="The adapter of a policy or a reward model.")],
+    into: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    debug: Debug = False,
+) -> None:
+    """Merge a LoRA adapter into its base model."""
+    with _one_line_errors(debug):
+        from rlhf_fast import api
+
+        api.merge(folder, into)
+        typer.echo(f"merge: done, see {into}")
+
+
+@app.command()
 def demo(
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder for results.", show_default="runs/demo-<time>")

@@ -57,8 +57,8 @@ def _version(package: str) -> str | None:
 
 
 def _extra(package: str) -> str:
-    declared = package in ("triton", "vllm")
-    return f" (optional: `pip install rlhf-fast[{package}]`)" if declared else ""
+    extra = {"triton": "triton", "vllm": "vllm", "peft": "lora"}.get(package)
+    return f" (optional: `pip install rlhf-fast[{extra}]`)" if extra else ""
 
 
 def _devices() -> list[str]:

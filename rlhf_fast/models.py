@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,39 +18,78 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_fast._adapters import is_peft
+from rlhf_fast.config import ConfigError
 from rlhf_fast.data import check_tokenizer
+from rlhf_fast.lora import (
+    ADAPTER,
+    LoraConfig,
+    add_adapter,
+    check_peft_model,
+    has_adapters,
+    language_model,
+    load_adapter,
+)
+
+TOKENIZER = "tokenizer_config.json"
 
 
-def load_causal_lm(model: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """A causal language model in fp32, from a name, a folder, or itself."""
-    if not isinstance(model, str | Path):
-        _check_kind(model)
-        return model
-    if (Path(model) / "reward_model.json").exists():
-        raise ValueError(
-            f"{str(model)!r} holds a reward model, which has no language-model head; give the "
-            "folder of a causal language model"
-        )
-    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+def load_causal_lm(
+    model: Any, *, lora: LoraConfig | None = None, frozen_dtype: torch.dtype = torch.float32
+) -> Any:
+    """A causal language model in fp32, from a name, a folder, or itself.
+
+    Args:
+        model: A model of transformers, or a `peft.PeftModel` over one; the folder of a saved
+            adapter brings its base with it.
+        lora: Train an adapter of it: the model becomes a `PeftModel`.
+        frozen_dtype: Of the frozen weights below adapters that are loaded here.
+
+    Raises:
+        TypeError, ValueError: It cannot be trained and saved here; ConfigError if that is for
+            `lora`, or for want of peft.
+    """
+    if isinstance(model, str | Path):
+        if (Path(model) / "reward_model.json").exists():
+            raise ValueError(
+                f"{str(model)!r} holds a reward model, which has no language-model head; give the "
+                "folder of a causal language model"
+            )
+        if (Path(model) / ADAPTER).exists():
+            model = load_adapter(model, frozen_dtype)
+        else:
+            dtype = torch.float32 if lora is None else frozen_dtype
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     _check_kind(model)
-    return model
+    if lora is None:
+        return model
+    if is_peft(model):
+        raise ConfigError(
+            "lora asks for an adapter, but the model has one already, which would be trained; "
+            "leave lora out, or merge that one into its base first (rlhf-fast merge)"
+        )
+    return add_adapter(model, lora)
 
 
 def _check_kind(model: Any) -> None:
     """Raises for what is no causal language model that can be trained and saved here."""
-    what = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
+    inner = language_model(model)
+    what = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
         hint = "; merge adapters of PEFT first (merge_and_unload)" if "Peft" in what else ""
         raise TypeError(
             f"the model is of type {what}; give a causal language model of transformers, its name "
             f"or its folder{hint}"
         )
-    if any("lora_" in name for name, _ in model.named_parameters()):
+    if is_peft(model):
+        check_peft_model(model)
+    elif any("lora_" in name for name, _ in inner.named_parameters()):
         raise ValueError(
-            f"the {what} holds LoRA adapters, which are not supported: they would not be saved; "
-            "merge them first"
+            f"the {what} holds LoRA adapters that no PeftModel is around, so they would not be "
+            "saved; make them with peft.get_peft_model and pass what it returns, or merge them "
+            "first"
         )
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+    if inner.config.is_encoder_decoder or inner.get_output_embeddings() is None:
         raise ValueError(
             f"{what} is not a causal language model with a head over the vocabulary; load it with "
             "AutoModelForCausalLM"
@@ -65,7 +105,9 @@ def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = No
     if tokenizer is None:
         if not isinstance(model, str | Path):
             _check_kind(model)
-            model = model.config.name_or_path
+            model = language_model(model).config.name_or_path
+        elif (Path(model) / ADAPTER).exists() and not (Path(model) / TOKENIZER).exists():
+            model = json.loads((Path(model) / ADAPTER).read_text())["base_model_name_or_path"]
         tokenizer = model
         if not tokenizer:
             raise ValueError(
@@ -121,18 +163,23 @@ def context_length(model: PreTrainedModel, max_length: int) -> int:
 
 
 def require_trainable(module: nn.Module) -> None:
-    """Raises `ValueError` for a module that is frozen whole, or trained in half precision."""
+    """Raises `ValueError` for a module that is frozen whole, or trained in half precision.
+
+    Frozen parameters may have any precision.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
+        hint = " (an adapter: load it with is_trainable=True)" if has_adapters(module) else ""
         raise ValueError(
             "every parameter of the model is frozen (requires_grad=False), so nothing could be "
-            "learnt; unfreeze those to train"
+            f"learnt; unfreeze those to train{hint}"
         )
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):
+            hint = "; a frozen base may stay so" if has_adapters(module) else ""
             raise ValueError(
                 f"the model's weights are {parameter.dtype}, in which small optimiser steps round "
-                "to nothing; load it in float32 and set mixed_precision='bf16'"
+                f"to nothing; load it in float32 and set mixed_precision='bf16'{hint}"
             )
 
 

@@ -8,13 +8,14 @@ logits are used.
 
 from __future__ import annotations
 
-import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_fast._adapters import adapted
+from rlhf_fast.lora import frozen_copy, language_model
 from rlhf_fast.models import evaluating, hidden_states, model_inputs
 from rlhf_fast.ops import full_kl, linear_kl, linear_logprobs, token_logprobs
 
@@ -48,19 +49,21 @@ class Policy(nn.Module):
     """A Hugging Face causal language model that gives log-probabilities of tokens.
 
     Args:
-        model: For example GPT-2, Llama, Qwen, Gemma (its soft cap is found).
+        model: For example GPT-2, Llama, Qwen, Gemma (its soft cap is found), or a `peft.PeftModel`
+            over one: `model` is then what it wraps, with the adapted layers.
         vocabulary: Tokens that can be drawn: the distribution is over the first so many rows of
             the head. By default all, also those that stand for no token.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None) -> None:
+    def __init__(self, model: Any, vocabulary: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = language_model(model)
         self.vocabulary = vocabulary
         self.head_options = self._find_head()
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
-        head = self.model.get_output_embeddings()
+        # Of a head that is trained beside adapters there are two: that in force counts.
+        head: Any = adapted(self.model.get_output_embeddings())[0]
         bias = getattr(head, "bias", None)
         drawn = slice(self.vocabulary)
         return head.weight[drawn], None if bias is None else bias[drawn]
@@ -71,9 +74,12 @@ class Policy(nn.Module):
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         options = HeadOptions(getattr(config, "final_logit_softcapping", None), scale)
-        head = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         if head is None or self.model.base_model is self.model:
             return None
+        head, layer = adapted(head)
+        if layer is not None:
+            return None  # an adapter on the head: no one matrix is what it computes
         tokens = torch.arange(8, device=self.model.device)[None]
         tokens = tokens % (self.vocabulary or head.weight.shape[0])
         mask, targets = torch.ones_like(tokens).bool(), torch.ones_like(tokens).bool()
@@ -177,8 +183,8 @@ class Policy(nn.Module):
         return _after_first(kl.new_zeros(where.shape).masked_scatter(where, kl))
 
     def frozen_copy(self) -> Policy:
-        """A copy without gradients: the reference."""
-        return copy.deepcopy(self).requires_grad_(False).eval()
+        """A copy without gradients, which shares frozen weights below adapters: the reference."""
+        return frozen_copy(self)
 
 
 def _after_first(x: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class RewardFunction:
         return self
 
     def refuse_shared(self, policy: torch.nn.Module) -> None:
-        """Raises `RewardError` if a reward model shares weights with `policy`."""
-        trained = {id(parameter) for parameter in policy.parameters()}
+        """Raises `RewardError` if a reward model shares weights that `policy` trains."""
+        trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
         for part in self.parts:
             owner = getattr(part.function, "__self__", None)
             if isinstance(owner, torch.nn.Module) and any(

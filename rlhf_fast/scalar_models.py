@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from rlhf_fast._adapters import is_peft
 from rlhf_fast.data import check_tokenizer, encode_completion, encode_prompt, pad
+from rlhf_fast.lora import (
+    ADAPTER,
+    language_model,
+    load_adapter,
+    own_copy,
+    save_model,
+)
 from rlhf_fast.models import (
     check_vocabulary,
     context_length,
@@ -47,20 +54,24 @@ class ScalarModel(nn.Module):
     """A transformer with a scalar head on every position: a critic that is its own model.
 
     Args:
-        model: A causal language model (its head is not used) or a bare transformer.
+        model: A causal language model (its head is not used) or a bare transformer, or a
+            `peft.PeftModel` over one.
         std: See `ScalarHead`.
     """
 
-    def __init__(self, model: PreTrainedModel, std: float = 0.0) -> None:
+    def __init__(self, model: Any, std: float = 0.0) -> None:
         super().__init__()
-        self.model: PreTrainedModel = model.base_model
-        self.head = ScalarHead(hidden_size(model), std)
+        inner = language_model(model)
+        self.model: PreTrainedModel = inner.base_model
+        # It saves the adapter. In a tuple, lest its language-model head become a part of this.
+        self._peft = (model,) if is_peft(model) else ()
+        self.head = ScalarHead(hidden_size(inner), std)
 
     def as_critic(self) -> ScalarModel:
         """A trainable copy whose values begin as this model's scalars, after each token."""
-        critic = ScalarModel(copy.deepcopy(self.model))
-        critic.head = copy.deepcopy(self.head)
-        return critic.requires_grad_(True)
+        critic = ScalarModel(own_copy(self.model))
+        critic.head = own_copy(self.head)
+        return critic
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """fp32 `[B, L]`: the scalar after each token."""
@@ -78,10 +89,11 @@ class RewardModel(ScalarModel):
         tokenizer: Encodes what `score` is given.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         check_tokenizer(tokenizer)
-        check_vocabulary(tokenizer, model, "the reward model")
-        super().__init__(model, std=(hidden_size(model) + 1) ** -0.5)
+        inner = language_model(model)
+        check_vocabulary(tokenizer, inner, "the reward model")
+        super().__init__(model, std=(hidden_size(inner) + 1) ** -0.5)
         self.tokenizer = tokenizer
         self.gain: Tensor
         self.shift: Tensor
@@ -136,25 +148,37 @@ class RewardModel(ScalarModel):
         return scores
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the trunk, the head and the tokenizer; `from_pretrained` reads them."""
+        """Writes the trunk or its adapter, the head and the tokenizer, for `from_pretrained`."""
         folder = Path(folder)
-        self.model.save_pretrained(folder)
+        save_model(self._peft[0] if self._peft else self.model, folder)
         self.tokenizer.save_pretrained(folder)
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()},
             folder / "reward_head.safetensors",
         )
-        normaliser = {"gain": self.gain.item(), "shift": self.shift.item()}
-        (folder / "reward_model.json").write_text(json.dumps(normaliser) + "\n")
+        # Adapters are saved without the weights below, so their precision is told.
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        described = {"gain": self.gain.item(), "shift": self.shift.item(), "dtype": dtype}
+        (folder / "reward_model.json").write_text(json.dumps(described) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Reads what `save_pretrained` wrote."""
+        """Reads what `save_pretrained` wrote; an adapter's base comes with it."""
         folder = Path(folder)
-        trunk = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        described = json.loads((folder / "reward_model.json").read_text())
+        if (folder / ADAPTER).exists():
+            trunk = load_adapter(folder, described["dtype"])
+        else:
+            trunk = AutoModel.from_pretrained(folder, dtype=torch.float32)
         model = cls(trunk, AutoTokenizer.from_pretrained(folder))
         model.head.load_state_dict(load_file(folder / "reward_head.safetensors"))
-        normaliser = json.loads((folder / "reward_model.json").read_text())
-        model.gain.fill_(normaliser["gain"])
-        model.shift.fill_(normaliser["shift"])
+        model.gain.fill_(described["gain"])
+        model.shift.fill_(described["shift"])
         return model.eval()
+
+    def merge_adapter(self) -> Self:
+        """Adds the adapter to the weights, for good; itself, a reward model without one."""
+        if self._peft:
+            self.model = self._peft[0].merge_and_unload().base_model
+            self._peft = ()
+        return self

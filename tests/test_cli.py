@@ -42,20 +42,20 @@ class Api(types.ModuleType):
                 raise self.error
 
         def sft(
-            model, data, *, tokenizer=None, eval_data=None, run_dir=None, resume=False,
+            model, data, *, tokenizer=None, eval_data=None, lora=None, run_dir=None, resume=False,
             pad_token=None, bad_rows="error", **config,
         ):  # fmt: skip
             note("sft", dict(locals()))
 
         def reward(
-            model, data, *, tokenizer=None, eval_data=None, reference_data=None, run_dir=None,
-            resume=False, pad_token=None, bad_rows="error", **config,
+            model, data, *, tokenizer=None, eval_data=None, reference_data=None, lora=None,
+            run_dir=None, resume=False, pad_token=None, bad_rows="error", **config,
         ):  # fmt: skip
             note("reward", dict(locals()))
 
         def ppo(
-            model, *, reward, prompts, tokenizer=None, ref=None, critic="auto", rollout="auto",
-            run_dir=None, resume=False, pad_token=None, bad_rows="error", **config,
+            model, *, reward, prompts, tokenizer=None, ref=None, critic="auto", lora=None,
+            rollout="auto", run_dir=None, resume=False, pad_token=None, bad_rows="error", **config,
         ):  # fmt: skip
             note("ppo", dict(locals()))
 
@@ -104,7 +104,7 @@ def test_a_run_file_and_overrides_reach_the_one_liner_and_overrides_win(api: Api
         "max_grad_norm": None,
     }
     defaults = {"tokenizer": None, "ref": None, "critic": "auto", "pad_token": None}
-    defaults |= {"bad_rows": "error", "rollout": "auto"}
+    defaults |= {"bad_rows": "error", "rollout": "auto", "lora": None}
     assert values == {**defaults, **PPOConfig().model_dump(), **given}
     assert "out" in result.stdout
 

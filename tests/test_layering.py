@@ -20,6 +20,8 @@ LAYERS = (
         "loading",
         "_rows",
         "_reward_modules",
+        "_adapters",
+        "lora",
         "models",
         "policy",
         "scalar_models",

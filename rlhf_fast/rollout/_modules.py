@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_fast.rollout._adapters import WeightsError, adapted
+from rlhf_fast._adapters import WeightsError, adapted
 
 # Under these names torch.compile, FSDP and activation checkpointing hold what they wrap.
 WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlhf_fast.rollout._adapters import WeightsError, changes, check_adapters, full, is_changed
+from rlhf_fast._adapters import WeightsError, changes, check_adapters, full, is_changed
 from rlhf_fast.rollout._modules import Stored, find_causal_lm, stored_tensors
 
 __all__ = ["WeightSource", "WeightsError"]

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import SAFE_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rlhf_fast._adapters import lora_layers
 from rlhf_fast.config import ConfigError
+from rlhf_fast.lora import has_adapters
 from rlhf_fast.trainers.run import Run
+
+BELOW = "below_adapters.json"
 
 # A tied head is one tensor under two names; accelerate warns at each save that it keeps one.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
@@ -23,11 +34,62 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
+def _saved(module: nn.Module) -> set[str]:
+    """Names of the trained parameters and the buffers of `module`, one a tensor."""
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return trained | (module.state_dict().keys() - parameters)
+
+
+def _leave_out_frozen(
+    run: Run, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str
+) -> None:
+    for module, state in zip(models, weights, strict=False):  # FSDP gives no weights
+        if has_adapters(module):
+            for name in state.keys() - _saved(module):
+                del state[name]
+            if run.accelerator.is_main_process:
+                (Path(folder) / BELOW).write_text(json.dumps(_below(module)) + "\n")
+
+
+def _load_trained(models: list[nn.Module], folder: str) -> None:
+    """Loads models with adapters, and takes them from those that accelerate is to load."""
+    for module in [module for module in models if has_adapters(module)]:
+        if not (Path(folder) / BELOW).exists():
+            raise ValueError("the run trained no LoRA adapter")
+        _check_below(json.loads((Path(folder) / BELOW).read_text()), _below(module))
+        state, expected = load_file(Path(folder) / SAFE_WEIGHTS_NAME), _saved(module)
+        if differ := sorted(state.keys() ^ expected):
+            where = "model" if differ[0] in expected else "checkpoint"
+            raise ValueError(f"{differ[0]} is only in the {where}")
+        module.load_state_dict(state, strict=False)
+        models.remove(module)
+
+
+def _below(module: nn.Module) -> dict[str, float]:
+    """Of what a checkpoint of adapters does not hold: the frozen weights, the updates' scales."""
+    frozen = [p.detach() for p in module.parameters() if not p.requires_grad]
+    return {
+        "sum": math.fsum(float(p.sum(dtype=torch.float64)) for p in frozen),
+        "magnitude": math.fsum(float(p.norm(p=1, dtype=torch.float64)) for p in frozen),
+        "scales": math.fsum(s for layer in lora_layers(module) for s in layer.scaling.values()),
+    }
+
+
+def _check_below(before: dict[str, float], now: dict[str, float]) -> None:
+    tolerance = 1e-11 * before["magnitude"]  # another device rounds otherwise
+    if any(abs(before[name] - now[name]) > tolerance for name in ("sum", "magnitude")):
+        raise ValueError("the frozen weights below the adapter are not those of the run")
+    if not math.isclose(before["scales"], now["scales"], rel_tol=1e-9):
+        raise ValueError("the adapter is scaled otherwise (alpha, use_rslora) than in the run")
+
+
 def save(run: Run, state: dict[str, Any], export: Callable[[Path], None]) -> Path | None:
     """Writes `checkpoints/step-<n>` in the run's folder.
 
     It holds accelerate's state (weights, optimiser, random generators), `state` as JSON, and in
-    `model/` what `export` writes there: a folder that `from_pretrained` loads.
+    `model/` what `export` writes there: a folder that `from_pretrained` loads. Of a model with
+    adapters the weights are those that are trained: the others come with the model again.
 
     Returns:
         The folder, or None for a run that writes nothing.
@@ -36,15 +98,16 @@ def save(run: Run, state: dict[str, Any], export: Callable[[Path], None]) -> Pat
         return None
     final = run.open_folder() / "checkpoints" / f"step-{run.step}"
     # Renamed when complete: a run that dies while writing leaves no half checkpoint to resume.
-    partial = final.with_name(final.name + ".partial")
-    run.accelerator.save_state(str(partial))
+    unnamed = final.with_name(final.name + ".partial")
+    with run.accelerator.register_save_state_pre_hook(partial(_leave_out_frozen, run)):
+        run.accelerator.save_state(str(unnamed))
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        export(partial / "model")
-        (partial / "trainer.json").write_text(json.dumps({"step": run.step, **state}) + "\n")
+        export(unnamed / "model")
+        (unnamed / "trainer.json").write_text(json.dumps({"step": run.step, **state}) + "\n")
         if final.exists():
             shutil.rmtree(final)
-        partial.rename(final)
+        unnamed.rename(final)
     run.accelerator.wait_for_everyone()
     return final
 
@@ -68,7 +131,8 @@ def restore(run: Run) -> dict[str, Any]:
         )
     step, folder = found[-1]
     try:
-        run.accelerator.load_state(str(folder))
+        with run.accelerator.register_load_state_pre_hook(_load_trained):
+            run.accelerator.load_state(str(folder))
         state = json.loads((folder / "trainer.json").read_text())
     except Exception as error:
         raise ConfigError(

@@ -12,22 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast import rewards
-from rlhf_fast.actor_critic import ActorCritic, choose_critic
+from rlhf_fast.actor_critic import choose_critic
 from rlhf_fast.config import ConfigError, PPOConfig, checked
 from rlhf_fast.data import Rollout, batch_indices
 from rlhf_fast.loading import DataError, Prompt, load_prompts
-from rlhf_fast.models import (
-    check_vocabulary,
-    context_length,
-    load_causal_lm,
-    load_tokenizer,
-    require_trainable,
-    vocabulary_size,
-)
-from rlhf_fast.policy import Policy
+from rlhf_fast.lora import LoraConfig, save_model
+from rlhf_fast.models import load_causal_lm, load_tokenizer, require_trainable
 from rlhf_fast.rollout import RolloutConfig, RolloutEngine
-from rlhf_fast.scalar_models import RewardModel, ScalarModel
+from rlhf_fast.scalar_models import ScalarModel
 from rlhf_fast.trainers import checkpoint
+from rlhf_fast.trainers.actors import make_actors
 from rlhf_fast.trainers.experience import correct, describe, make_experience
 from rlhf_fast.trainers.rollouts import Rollouts, check_correction, check_rollout, prompt_ids
 from rlhf_fast.trainers.run import Run
@@ -41,18 +35,21 @@ class PPOTrainer:
     `step(rollout, scores)` learns from it.
 
     Args:
-        policy: A causal language model, its name or folder. It is trained in place.
+        policy: A causal language model, its name or folder. It is trained in place. Of a
+            `PeftModel`, or the folder of a LoRA adapter, the adapter is.
         reward: A function `reward(prompts, completions, **columns)`, a `RewardModel`, its folder,
             `"module:function"`, or a list of these or of `(reward, weight)` pairs; see `rewards`.
             None if only `generate` and `step` are used.
         prompts: What `loading.load_prompts` takes. None if only `step` is used.
         tokenizer: By default the one saved with the policy.
-        ref: Reference policy, its name or folder, which is frozen; by default a frozen copy of
-            `policy`.
+        ref: Reference policy, its name or folder, which is frozen; by default `policy` as it is
+            now, a frozen copy that shares frozen weights below adapters.
         critic: `"head"`, `"model"`, a `ScalarModel` or `RewardModel`, or the folder of a saved
             reward model; see `ActorCritic`. None trains without one, by a loss that needs none
             (`config.loss`). `"auto"` is `"head"` for a loss that needs a critic, else None.
         config: See `PPOConfig`.
+        lora: Train an adapter: its rank, a `LoraConfig` or its fields (docs/lora.md). None trains
+            what requires gradients.
         rollout: Which engine samples completions ("auto", "hf", "vllm"), how its log-probs are
             corrected and probed: a name, a `RolloutConfig` or its fields.
         engine: An engine of your own, in place of the one that `rollout` names.
@@ -76,6 +73,7 @@ class PPOTrainer:
         ref: str | Path | PreTrainedModel | None = None,
         critic: str | Path | ScalarModel | None = "auto",
         config: PPOConfig | None = None,
+        lora: int | dict[str, Any] | LoraConfig | None = None,
         rollout: str | dict[str, Any] | RolloutConfig = "auto",
         engine: RolloutEngine | None = None,
         run_dir: str | Path | None = None,
@@ -84,7 +82,7 @@ class PPOTrainer:
         bad_rows: str = "error",
     ) -> None:
         self.config = config = checked(config, PPOConfig)
-        rollout = RolloutConfig.of(rollout)
+        rollout, adapter = RolloutConfig.of(rollout), LoraConfig.of(lora)
         critic = choose_critic(config.loss, critic)
         self.run = Run(config, run_dir, resume=resume)
         if (count := config.rollout_batch_size // config.samples_per_prompt) % self.run.world:
@@ -94,7 +92,7 @@ class PPOTrainer:
                 "samples_per_prompt"
             )
         self.tokenizer = load_tokenizer(tokenizer, policy, pad_token)
-        self.model = load_causal_lm(policy)
+        self.model = load_causal_lm(policy, lora=adapter, frozen_dtype=self.run.dtype)
         require_trainable(self.model)
         self.prompts: list[Prompt] = []
         self._prompt_ids: list[list[int]] = []
@@ -118,19 +116,10 @@ class PPOTrainer:
                 "are biased, and importance weights are left out; top_k=0, top_p=1 is exact",
                 stacklevel=2,
             )
-        vocabulary = vocabulary_size(self.tokenizer)
-        wrapped = Policy(self.model, vocabulary)
-        if ref is None:
-            reference = wrapped.frozen_copy()
-        else:
-            reference = Policy(load_causal_lm(ref), vocabulary)
-            self._check_other("the reference", reference.model)
-        self.ref = reference.requires_grad_(False).eval().to(self.run.device)
-        if isinstance(critic, str | Path) and (Path(critic) / "reward_model.json").exists():
-            critic = RewardModel.from_pretrained(critic)
-        if isinstance(critic, ScalarModel):
-            self._check_other("the critic", critic.model)
-        actor_critic = ActorCritic(wrapped, critic)
+        actor_critic, self.ref = make_actors(
+            self.model, ref, critic, self.tokenizer, config.max_length
+        )
+        self.ref.to(self.run.device)
         updates = config.iterations * config.epochs * self._minibatches
         optimizer, self._schedule = self.run.optimizer(
             actor_critic.parameter_groups(config.learning_rate, config.critic_learning_rate),
@@ -149,18 +138,10 @@ class PPOTrainer:
                     f"{config.iterations}; raise it"
                 )
         # Last: the engine starts with the weights that were restored.
-        self.rollouts = Rollouts(self.run, wrapped, self.tokenizer, config, rollout, engine)
-
-    def _check_other(self, what: str, model: PreTrainedModel) -> None:
-        """Raises unless `model` can read what the policy reads and writes."""
-        check_vocabulary(self.tokenizer, model, what)
-        ours = context_length(self.model, self.config.max_length)
-        theirs = context_length(model, self.config.max_length)
-        if theirs < ours:
-            raise ValueError(
-                f"{what} reads {theirs} tokens, but sequences may have {ours}; lower max_length "
-                f"to {theirs}"
-            )
+        policy = actor_critic.policy
+        self.rollouts = Rollouts(
+            self.run, self.model, policy, self.tokenizer, config, rollout, engine
+        )
 
     @property
     def _minibatches(self) -> int:
@@ -311,6 +292,6 @@ class PPOTrainer:
         self.close()
 
     def save(self, folder: Path) -> None:
-        """Writes policy and tokenizer; `AutoModelForCausalLM.from_pretrained` reads them."""
-        self.model.save_pretrained(folder)
+        """Writes policy and tokenizer as transformers reads them, an adapter as peft does."""
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import RewardConfig, checked
 from rlhf_fast.data import check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Preference, load_examples, load_preferences
+from rlhf_fast.lora import LoraConfig
 from rlhf_fast.models import (
     context_length,
     disable_dropout,
@@ -26,7 +27,8 @@ from rlhf_fast.models import (
 from rlhf_fast.ops import pairwise_loss
 from rlhf_fast.scalar_models import RewardModel
 from rlhf_fast.trainers import checkpoint
-from rlhf_fast.trainers.run import Metrics, Run, count_steps, pieces_of
+from rlhf_fast.trainers.batches import count_steps, pieces_of
+from rlhf_fast.trainers.run import Metrics, Run
 
 Pair = tuple[list[int], list[int], float]  # chosen and rejected token ids, margin
 
@@ -37,6 +39,7 @@ class RewardTrainer:
     Args:
         model: A causal language model (usually the SFT model), its name or folder: a copy of its
             trunk gets a scalar head. Or a `RewardModel`, or the folder of one, to train further.
+            Where there is a LoRA adapter, that and the scalar head are trained.
         data: What `loading.load_preferences` takes: `{prompt, chosen, rejected[, margin]}` rows
             or `{chosen, rejected}` transcripts.
         tokenizer: By default the one saved with the model.
@@ -45,6 +48,8 @@ class RewardTrainer:
         reference_data: Completions of the reference policy, as `{prompt, completion}` rows, on
             which the scores are normalised; by default the pairs' own, both sides, which are that
             where the pairs were sampled from it.
+        lora: Train an adapter: its rank, a `LoraConfig` or its fields (docs/lora.md). None trains
+            what requires gradients.
         run_dir: Where metrics, checkpoints and the trained model go; None writes nothing.
         resume: Go on from the newest checkpoint in `run_dir`.
         pad_token: Padding token for a tokenizer without one.
@@ -63,14 +68,16 @@ class RewardTrainer:
         config: RewardConfig | None = None,
         eval_data: Any = None,
         reference_data: Any = None,
+        lora: int | dict[str, Any] | LoraConfig | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
         pad_token: str | None = None,
         bad_rows: str = "error",
     ) -> None:
         self.config = checked(config, RewardConfig)
+        adapter = LoraConfig.of(lora)
         self.run = Run(self.config, run_dir, resume=resume)
-        self.model = _load(model, tokenizer, pad_token)
+        self.model = _load(model, tokenizer, pad_token, adapter, self.run.dtype)
         self.tokenizer = self.model.tokenizer
         require_trainable(self.model)
         disable_dropout(self.model)
@@ -193,16 +200,29 @@ class RewardTrainer:
         return accuracy, 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(pairs))
 
 
-def _load(model: Any, tokenizer: Any, pad_token: str | None) -> RewardModel:
+def _load(
+    model: Any,
+    tokenizer: Any,
+    pad_token: str | None,
+    lora: LoraConfig | None,
+    frozen_dtype: torch.dtype,
+) -> RewardModel:
     if isinstance(model, str | Path) and (Path(model) / "reward_model.json").exists():
         model = RewardModel.from_pretrained(model)
     if not isinstance(model, RewardModel):
         tokenizer = load_tokenizer(tokenizer, model, pad_token)
-        # A copy: else training the one would change the other.
-        return RewardModel(copy.deepcopy(load_causal_lm(model)), tokenizer)
+        if not isinstance(model, str | Path):
+            model = copy.deepcopy(model)  # else training the one would change the other
+        loaded = load_causal_lm(model, lora=lora, frozen_dtype=frozen_dtype)
+        return RewardModel(loaded, tokenizer)
     if tokenizer is not None or pad_token is not None:
         raise ValueError(
             "a RewardModel brings its tokenizer; leave tokenizer and pad_token out, or set "
             "model.tokenizer"
+        )
+    if lora is not None:
+        raise ValueError(
+            "lora makes an adapter for a new reward model, but this is a RewardModel already; "
+            "leave lora out, or start from a causal language model"
         )
     return model

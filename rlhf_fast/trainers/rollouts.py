@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_fast._adapters import is_peft
 from rlhf_fast.config import ConfigError, PPOConfig
 from rlhf_fast.data import Rollout, check_length, encode_prompt
+from rlhf_fast.lora import adapters_off, save_model
 from rlhf_fast.models import context_length, evaluating
 from rlhf_fast.policy import Policy
 from rlhf_fast.presets import PRESETS
@@ -21,6 +24,7 @@ from rlhf_fast.rollout import (
     RolloutEngine,
     Sampling,
     SyncReport,
+    VLLMEngine,
     check_probe,
     make_engine,
     precision,
@@ -56,6 +60,22 @@ def prompt_ids(
     return ids
 
 
+def check_servable(model: Any, rollout: RolloutConfig) -> None:
+    """Raises `ConfigError` unless vLLM can be sent the adapter of a `PeftModel` alone."""
+    beside = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    if beside:
+        raise ConfigError(
+            f"max_lora_rank = {rollout.max_lora_rank} sends vLLM the adapter alone, but "
+            f"{beside[0]} is trained beside it (modules_to_save, or biases); leave max_lora_rank "
+            "out, and merged weights are sent"
+        )
+    if rollout.sleep_level == 2:
+        raise ConfigError(
+            "sleep_level = 2 drops the weights below the adapter, which max_lora_rank sends only "
+            "once; set sleep_level to 1 or 0, or leave max_lora_rank out"
+        )
+
+
 class Rollouts:
     """Samples completions for a run, and keeps the engine at the policy's weights.
 
@@ -64,7 +84,8 @@ class Rollouts:
 
     Args:
         run: The run; its step is the version of the weights.
-        policy: The policy being trained.
+        model: The model being trained, with its `PeftModel` if there is one.
+        policy: The policy over it.
         tokenizer: Its tokenizer.
         config: Lengths and sampling.
         rollout: Which engine, and when to probe it.
@@ -74,6 +95,7 @@ class Rollouts:
     def __init__(
         self,
         run: Run,
+        model: Any,
         policy: Policy,
         tokenizer: Any,
         config: PPOConfig,
@@ -86,12 +108,28 @@ class Rollouts:
             half = {"bf16": "bfloat16", "fp16": "float16"}
             rollout = rollout.replace(dtype=half.get(config.mixed_precision, "auto"))
         context = context_length(policy.model, config.max_length)
-        made = engine is None
-        self.engine = engine or make_engine(policy.model, tokenizer, rollout, max_length=context)
-        if made:
+        self._adapter: Any = None  # the PeftModel whose adapter alone is sent
+        if engine is None and rollout.max_lora_rank is not None and is_peft(model):
+            check_servable(model, rollout)
+            with adapters_off(model):
+                self.engine = make_engine(policy.model, tokenizer, rollout, max_length=context)
+            self._adapter = model if isinstance(self.engine, VLLMEngine) else None
+            self._send()
+        elif engine is None:
+            self.engine = make_engine(policy.model, tokenizer, rollout, max_length=context)
             self.engine.weight_version = run.step
         else:
-            self.engine.update_weights(self.engine.source, run.step)
+            self.engine = engine
+            self._send()
+
+    def _send(self) -> SyncReport:
+        """Brings the engine to the policy's weights: all of them, or the adapter over its base."""
+        engine, version = self.engine, self._run.step
+        if self._adapter is None or not isinstance(engine, VLLMEngine):
+            return engine.update_weights(engine.source, version)
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(self._adapter, folder)
+            return engine.update_adapter(folder, version)
 
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> Rollout:
         """One completion for each prompt, in order."""
@@ -123,7 +161,7 @@ class Rollouts:
         Raises:
             RolloutMismatch: The engine does not sample from the policy.
         """
-        report = self.engine.update_weights(self.engine.source, self._run.step)
+        report = self._send()
         self._updates += 1
         every = self.config.probe_every
         due = self._updates <= self.config.probe_first or (
@@ -142,8 +180,7 @@ class Rollouts:
                 seed=(config.seed * 1_000_003 + step) % 2**63,
             )
         found = self._of_all_processes(found)
-        half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        kind = precision([self.engine.dtype, half[config.mixed_precision]], self._run.device)
+        kind = precision([self.engine.dtype, self._run.dtype], self._run.device)
         check_probe(found, kind, self.config.probe_tolerance, step)
         return dataclasses.replace(report, probe_max_abs=found.max_abs)
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from rlhf_fast.config import ConfigError, _Config
-from rlhf_fast.data import batch_indices
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 Metrics = dict[str, Tensor]
@@ -115,13 +114,19 @@ class Run:
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which layers compute, by `mixed_precision`."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return half.get(self.config.mixed_precision, torch.float32)
+
     def optimizer(
         self, groups: list[dict[str, Any]], steps: int
     ) -> tuple[torch.optim.Optimizer, Any]:
-        """AdamW over parameter `groups`, and its schedule over `steps` optimiser steps."""
+        """AdamW over what is trained of parameter `groups`, and its schedule over `steps` steps."""
         config = self.config
         optimizer = torch.optim.AdamW(
-            groups,
+            [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups],
             lr=config.learning_rate,
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
@@ -289,29 +294,3 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a last line that was cut off by the end of a run is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-def count_steps(size: int, batch_size: int, epochs: float) -> int:
-    """Optimiser steps of `epochs` passes over `size` rows, the last batch filled up.
-
-    Raises:
-        ConfigError: There are fewer rows than a batch holds.
-    """
-    if size < batch_size:
-        raise ConfigError(
-            f"batch_size = {batch_size} is more than the {size} rows of the data; make it at "
-            f"most {size}"
-        )
-    return math.ceil(size * epochs / batch_size)
-
-
-def pieces_of(run: Run, step: int, lengths: Tensor) -> list[Tensor]:
-    """Row numbers of the micro-batches of `step`, this process's share of each.
-
-    Within a batch the order is free, so rows of like length (`lengths` [rows], in tokens) are put
-    into one micro-batch: less padding, the same sum.
-    """
-    config = run.config
-    index = batch_indices(step, len(lengths), config.batch_size, config.seed)
-    index = index[lengths[index].argsort(stable=True)]
-    return [run.local(piece) for piece in index.split(config.micro_batch)]

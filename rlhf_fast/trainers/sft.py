@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import SFTConfig, checked
 from rlhf_fast.data import TokenBatch, check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Example, load_examples
+from rlhf_fast.lora import LoraConfig, save_model
 from rlhf_fast.models import (
     check_vocabulary,
     context_length,
@@ -24,7 +25,8 @@ from rlhf_fast.models import (
 )
 from rlhf_fast.policy import Policy
 from rlhf_fast.trainers import checkpoint
-from rlhf_fast.trainers.run import Metrics, Run, count_steps, pieces_of
+from rlhf_fast.trainers.batches import count_steps, pieces_of
+from rlhf_fast.trainers.run import Metrics, Run
 
 Row = tuple[list[int], int]  # token ids, and where the targets begin
 
@@ -33,12 +35,15 @@ class SFTTrainer:
     """Trains a causal language model to continue prompts as the examples do.
 
     Args:
-        model: A model, or the name or folder of one. It is trained in place.
+        model: A model, or the name or folder of one. It is trained in place. Of a `PeftModel`, or
+            the folder of a LoRA adapter, the adapter is.
         data: What `loading.load_examples` takes: `{prompt, completion}` rows, `{text}` rows, or
             preference rows (the chosen answers).
         tokenizer: By default the one saved with the model.
         config: See `SFTConfig`.
         eval_data: Held-out examples; the loss on them is logged at the end.
+        lora: Train an adapter: its rank, a `LoraConfig` or its fields (docs/lora.md). None trains
+            what requires gradients.
         run_dir: Where metrics, checkpoints and the trained model go; None writes nothing.
         resume: Go on from the newest checkpoint in `run_dir`.
         pad_token: Padding token for a tokenizer without one.
@@ -56,15 +61,17 @@ class SFTTrainer:
         tokenizer: Any = None,
         config: SFTConfig | None = None,
         eval_data: Any = None,
+        lora: int | dict[str, Any] | LoraConfig | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
         pad_token: str | None = None,
         bad_rows: str = "error",
     ) -> None:
         self.config = checked(config, SFTConfig)
+        adapter = LoraConfig.of(lora)
         self.run = Run(self.config, run_dir, resume=resume)
         self.tokenizer = load_tokenizer(tokenizer, model, pad_token)
-        self.model = load_causal_lm(model)
+        self.model = load_causal_lm(model, lora=adapter, frozen_dtype=self.run.dtype)
         require_trainable(self.model)
         check_vocabulary(self.tokenizer, self.model, "the model")
         self._rows = self._encode(data, bad_rows)
@@ -153,6 +160,6 @@ class SFTTrainer:
         return loss / tokens
 
     def save(self, folder: Path) -> None:
-        """Writes the model and its tokenizer; `AutoModelForCausalLM.from_pretrained` reads them."""
-        self.model.save_pretrained(folder)
+        """Writes model and tokenizer as transformers reads them, an adapter as peft does."""
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)

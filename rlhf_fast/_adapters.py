@@ -1,4 +1,4 @@
-"""What adapters of peft do to the weights that they adapt.
+"""What adapters of peft are in a model, and what they do to the weights that they adapt.
 
 peft is no dependency: a model can hold its modules only where the program has imported it.
 """
@@ -22,9 +22,26 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _imported() -> bool:
+    return sys.modules.get("peft") is not None
+
+
+def is_peft(model: Any) -> bool:
+    """Whether `model` is a `peft.PeftModel`."""
+    return _imported() and isinstance(model, sys.modules["peft"].PeftModel)
+
+
+def lora_layers(root: nn.Module) -> Iterator[Any]:
+    """peft's layers in `root`, of whatever kind."""
+    if _imported():
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        yield from (module for module in root.modules() if isinstance(module, BaseTunerLayer))
+
+
 def check_adapters(root: nn.Module) -> None:
     """Raises `WeightsError` if `root` holds an adapter that is not LoRA, active or not."""
-    if "peft" not in sys.modules:
+    if not _imported():
         return
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
@@ -81,6 +98,26 @@ def adapted(module: Any) -> tuple[nn.Module, Any]:
                 "weight of the model can hold it; train it without lora_bias"
             )
     return module.base_layer, module
+
+
+def check_layers(root: nn.Module) -> None:
+    """Raises `WeightsError` unless all that peft did to `root` is plain LoRA (see `adapted`)."""
+    inner, _ = adapted(root)
+    for module in root.children() if inner is root else (inner,):
+        check_layers(module)
+
+
+def is_idle(layer: Any) -> bool:
+    """Whether a LoRA layer adds nothing to what the layer below gives: one of its factors is 0."""
+    for name, _ in _in_force(layer):
+        if name in layer.lora_A:
+            factors = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+        else:
+            factors = [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
+        bias = _change(layer, name, "bias")
+        if all(bool(x.any()) for x in factors) or (bias is not None and bool(bias.any())):
+            return False
+    return True
 
 
 def _in_force(layer: Any) -> Iterator[tuple[str, int]]:
