@@ -165,22 +165,23 @@ class Policy(nn.Module):
                 ref_logits = ref._logits(tokens, mask)[:, :-1][where]
             logits = self._logits(tokens, mask)[:, :-1][where]
             kl = full_kl(logits, ref_logits, temperature=temperature)
-        else:
-            with torch.no_grad():
-                ref_hidden = hidden_states(ref.model, tokens, mask)[:, :-1][where]
-            (weight, bias), (ref_weight, ref_bias) = self._head(), ref._head()
-            kl = linear_kl(
-                hidden[:, :-1][where],
-                weight,
-                ref_hidden,
-                ref_weight,
-                bias=bias,
-                ref_bias=ref_bias,
-                temperature=temperature,
-                softcap=self.head_options.softcap,
-                logit_scale=self.head_options.logit_scale,
-            )
-        return _after_first(kl.new_zeros(where.shape).masked_scatter(where, kl))
+            return _after_first(kl.new_zeros(where.shape).masked_scatter(where, kl))
+        with torch.no_grad():
+            ref_hidden = hidden_states(ref.model, tokens, mask)
+        (weight, bias), (ref_weight, ref_bias) = self._head(), ref._head()
+        kl = linear_kl(
+            hidden[:, :-1].flatten(0, 1),
+            weight,
+            ref_hidden[:, :-1].flatten(0, 1),
+            ref_weight,
+            bias=bias,
+            ref_bias=ref_bias,
+            temperature=temperature,
+            softcap=self.head_options.softcap,
+            logit_scale=self.head_options.logit_scale,
+            live_rows=where.flatten().nonzero().squeeze(1),
+        )
+        return _after_first(kl.view(where.shape))
 
     def frozen_copy(self) -> Policy:
         """A copy without gradients, which shares frozen weights below adapters: the reference."""
