@@ -1,8 +1,10 @@
 // Rows of logits on the GPU: dtypes, 16-byte loads and stores, scaling, which thread takes what.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
+#include "intrinsics.cuh"
 #include "launch.cuh"
 
 namespace rlhf {
@@ -46,23 +48,6 @@ void dispatch(const char* op, int dtype, int out_dtype, Function f) {
   });
 }
 
-// Single instructions, whose library versions also care for denormal numbers or drop NaN.
-RLHF_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-RLHF_DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-RLHF_DEVICE float max_nan(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-
 // A 32-bit word of logits as numbers, and back, rounding to nearest even.
 template <typename T>
 RLHF_DEVICE void unpack(uint32_t word, float* to);
@@ -77,9 +62,7 @@ RLHF_DEVICE void unpack<BFloat16>(uint32_t word, float* to) {
 }
 template <>
 RLHF_DEVICE void unpack<Float16>(uint32_t word, float* to) {
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-      : "=f"(to[0]), "=f"(to[1])
-      : "r"(word));
+  unpack_fp16(word, to);
 }
 
 template <typename T>
@@ -90,15 +73,11 @@ RLHF_DEVICE uint32_t pack<float>(const float* from) {
 }
 template <>
 RLHF_DEVICE uint32_t pack<BFloat16>(const float* from) {
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(from[1]), "f"(from[0]));
-  return word;
+  return pack_bf16(from);
 }
 template <>
 RLHF_DEVICE uint32_t pack<Float16>(const float* from) {
-  uint32_t word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(from[1]), "f"(from[0]));
-  return word;
+  return pack_fp16(from);
 }
 
 template <typename T>
@@ -221,9 +200,13 @@ struct Share {
 // y of logits: scale * l, or cap * tanh(scale * l / cap).
 struct Scaling {
   float scale, cap, inner;  // cap is 0 for none; inner = scale / cap
+  float bits;               // 2 inner, for exponents of 2
 
   Scaling(double scale, double softcap)
-      : scale(float(scale)), cap(float(softcap)), inner(softcap > 0 ? float(scale / softcap) : 0) {}
+      : scale(float(scale)),
+        cap(float(softcap)),
+        inner(softcap > 0 ? float(scale / softcap) : 0),
+        bits(softcap > 0 ? float(2 / std::log(2.0) * scale / softcap) : 0) {}
   bool plain() const { return scale == 1 && cap == 0; }
 };
 
@@ -249,8 +232,8 @@ RLHF_DEVICE float scaled(const Scaling& s, float l) {
 // dy/dl over `scale`: 1 / cosh^2, in a form that keeps its bits where tanh is saturated.
 RLHF_DEVICE float slope(const Scaling& s, float l) {
   if (s.cap == 0) return 1;
-  const float e = exp2_fast(-2 * kLog2E * fabsf(l * s.inner));
-  return 4 * e / ((1 + e) * (1 + e));
+  const float e = exp2_fast(-fabsf(l * s.bits)), share = e / (1 + e);
+  return 4 * (share - share * share);
 }
 
 // Row i of a tensor whose rows are addressed at two levels, strides in elements.

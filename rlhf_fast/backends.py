@@ -257,19 +257,19 @@ def support_table() -> str:
     """The README's table of ops and backends, as Markdown.
 
     A GPU cell says "verified on <gpu>, <date>" where `Impl.verified` does, else "compiled,
-    unverified". C++ and, through the interpreter, Triton are tested on CPU in CI.
+    unverified". In CI, on a CPU, C++ is tested, Triton in its interpreter and CUDA in the emulator
+    of tests/emulator.
     """
     head = ("op", "PyTorch", "C++ (CPU)", "Triton", "CUDA")
     rows = [head, tuple("---" for _ in head)]
     for op, impls in TABLE.items():
         cells = [f"`{op}`", "tested in CI", "tested in CI" if "cpp" in impls else "-"]
-        for name in ("triton", "cuda"):
+        for name, stand_in in (("triton", "interpreter"), ("cuda", "emulator")):
             impl = impls.get(name)
             if impl is None:
                 cells.append("-")
                 continue
             on_gpu = f"verified on {impl.verified}" if impl.verified else "compiled, unverified"
-            interpreted = "; interpreter tested in CI" if name == "triton" else ""
-            cells.append(on_gpu + interpreted)
+            cells.append(f"{on_gpu}; {stand_in} tested in CI")
         rows.append(tuple(cells))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import emulated_cuda
 import pytest
 import torch
 
@@ -30,6 +31,8 @@ def cases(
 ) -> list:
     """`pytest.param`s of `Case`, one per way to run `op`; what cannot run here skips, visibly.
 
+    Where RLHF_FAST_EMULATED_CUDA is set the CUDA kernels run in their emulator, not on a GPU.
+
     Args:
         op: A name of `backends.TABLE`.
         reference: Include the PyTorch reference.
@@ -49,6 +52,10 @@ def cases(
         if name == "triton" and interpreter and not HAS_GPU:
             skip = pytest.mark.skipif(impl.missing is not None, reason=str(impl.missing))
             params.append(pytest.param(Case(name, "cpu"), marks=skip, id="triton-interpreter"))
+        if name == "cuda" and emulated_cuda.BUILD is not None:
+            marks = pytest.mark.emulated
+            params.append(pytest.param(Case(name, "cpu"), marks=marks, id="cuda-emulated"))
+            continue
         skip = pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
         params.append(
             pytest.param(Case(name, "cuda"), marks=[pytest.mark.gpu, skip], id=f"{name}-gpu")

@@ -13,6 +13,14 @@ if not torch.cuda.is_available():
     # Before any kernel is decorated: without a GPU Triton kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_cuda  # noqa: E402
+import emulated_selection  # noqa: E402
+from emulated_selection import _approximations  # noqa: E402, F401
+
+if emulated_cuda.BUILD is not None:
+    # Before any test's parameters are read from the table of backends.
+    emulated_cuda.install()
+
 if find_spec("pydantic") is None:
     # A bare GPU machine: the ops need torch alone, and are tested without the trainers.
     collect_ignore_glob = ["test_bad_input.py", "test_[c-z]*.py"]
@@ -22,6 +30,7 @@ KNOWN_SKIPS = (
     r"needs an NVIDIA GPU",
     r"shared data folder",
     r"needs vLLM",
+    r"needs the CUDA emulator",
 )
 # Accepted where a user runs the tests, not in CI, which has a compiler and Triton.
 KNOWN_SKIPS_OUTSIDE_CI = (
@@ -71,7 +80,9 @@ def model(tokenizer):
     return tiny_llama(tokenizer, hidden_size=32, context=64)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before markers are chosen from
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    emulated_selection.select(config, items)
     if find_spec("vllm") is None:
         for item in items:
             if item.get_closest_marker("vllm"):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import compiled
 from rlhf_fast.compiled import _rows
 from rlhf_fast.kernels._ticket import ticket
 
 
 def scratch(x: Tensor) -> tuple[Tensor, ...]:
     """On a GPU, where blocks leave their sums, and the ticket that tells the last of them."""
-    if compiled.CUDA is None or x.device.type == "cpu":
+    if not _rows.on_gpu(x):
         return ()
-    partial = torch.empty(compiled.CUDA.partial_bytes, dtype=torch.uint8, device=x.device)
+    partial = torch.empty(_rows.module(x).partial_bytes, dtype=torch.uint8, device=x.device)
     return partial, ticket(x.device)
 
 

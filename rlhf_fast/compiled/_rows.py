@@ -25,14 +25,19 @@ def register(name: str, schema: str, launcher: Any, fake: Any) -> Any:
     return getattr(torch.ops.rlhf_fast, name).default
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether `x` is for `_cuda`, not for `_C`. Launchers that differ between them ask here."""
+    return x.device.type != "cpu"
+
+
 def module(x: Tensor) -> Any:
     """The extension for the device of `x`."""
-    return compiled.C if x.device.type == "cpu" else compiled.CUDA
+    return compiled.CUDA if on_gpu(x) else compiled.C
 
 
 def runner(x: Tensor) -> tuple[int, ...]:
     """Where to run: (threads,) on a CPU, (device, stream) on a GPU."""
-    if x.device.type == "cpu":
+    if not on_gpu(x):
         return (torch.get_num_threads(),)
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
@@ -63,7 +68,7 @@ def token_rows(x: Tensor | None) -> tuple[int, int]:
 
 def unwritten(n: int, like: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """`n` contiguous outputs; zeroed where a malformed `cu_seqlens` could leave tokens out."""
-    unread = cu_seqlens is not None and like.device.type != "cpu"
+    unread = cu_seqlens is not None and on_gpu(like)
     allocate = torch.zeros if unread else torch.empty
     return tuple(allocate(like.shape, dtype=like.dtype, device=like.device) for _ in range(n))
 

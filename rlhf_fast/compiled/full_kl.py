@@ -70,7 +70,7 @@ def _backward(
     rows = _rows.contiguous(rows, torch.int64)
     # Kernels write one dtype, on a CPU that of the logits; any other goes through a copy.
     dtypes = {x.dtype for x in (out, ref_out) if x is not None}
-    direct = len(dtypes) == 1 and logits.device.type != "cpu"
+    direct = len(dtypes) == 1 and _rows.on_gpu(logits)
     out_dtype = dtypes.pop() if direct else logits.dtype
     written = [
         x if x is None or x.dtype == out_dtype else torch.empty_like(x, dtype=out_dtype)

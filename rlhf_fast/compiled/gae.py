@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.compiled import _rows
 from rlhf_fast.compiled._rows import (
     address,
     contiguous,
-    module,
     register,
-    runner,
     sequences,
     token_rows,
     unit_stride,
@@ -42,14 +41,14 @@ def _forward(
     gamma, lam, bootstrap, cu_seqlens = map(contiguous, (gamma, lam, bootstrap, cu_seqlens))
     advantages, returns = unwritten(2, rewards, cu_seqlens)
     maps, sizes = _maps_and_sizes(rewards, cu_seqlens)
-    module(rewards).gae_forward(
+    _rows.module(rewards).gae_forward(
         *token_rows(rewards),
         *token_rows(values),
         *token_rows(mask),
         *(address(gamma), gamma_value, address(lam), lam_value),
         *map(address, (bootstrap, cu_seqlens, advantages, returns, *maps)),
         *sizes,
-        *runner(rewards),
+        *_rows.runner(rewards),
     )
     return advantages, returns
 
@@ -69,14 +68,14 @@ def _backward(
     grad_rewards, grad_values = unwritten(2, grad_advantages, cu_seqlens)
     grad_bootstrap = grad_advantages.new_empty(sequences(grad_advantages, cu_seqlens))
     maps, sizes = _maps_and_sizes(grad_advantages, cu_seqlens)
-    module(grad_advantages).gae_backward(
+    _rows.module(grad_advantages).gae_backward(
         *token_rows(grad_advantages),
         *token_rows(grad_returns),
         *token_rows(mask),
         *(address(gamma), gamma_value, address(lam), lam_value),
         *map(address, (cu_seqlens, grad_rewards, grad_values, grad_bootstrap, *maps)),
         *sizes,
-        *runner(grad_advantages),
+        *_rows.runner(grad_advantages),
     )
     return grad_rewards, grad_values, grad_bootstrap
 
@@ -87,9 +86,9 @@ def _maps_and_sizes(
     """Sequences, length of the time dimension, whether the floats are fp64; and on a GPU memory
     for the maps of the chunks into which long sequences are cut."""
     sizes = (sequences(x, cu_seqlens), x.shape[-1], x.dtype == torch.float64)
-    if x.device.type == "cpu":
+    if not _rows.on_gpu(x):
         return (), sizes
-    return (x.new_empty(module(x).gae_scratch(cu_seqlens is not None, *sizes)),), sizes
+    return (x.new_empty(_rows.module(x).gae_scratch(cu_seqlens is not None, *sizes)),), sizes
 
 
 def _fake_forward(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.compiled import _rows
 from rlhf_fast.compiled._rows import (
     address,
     contiguous,
-    module,
     register,
-    runner,
     sequences,
     token_rows,
     unit_stride,
@@ -56,9 +55,9 @@ def _forward(
     batch = sequences(logprobs, cu_seqlens)
     moments = _moments(logprobs, batch)
     scratch: tuple[Tensor, ...] = ()
-    if logprobs.device.type != "cpu":
+    if _rows.on_gpu(logprobs):
         scratch = (moments.new_empty(4 * batch), ticket(logprobs.device))
-    module(logprobs).ppo_advantages_forward(
+    _rows.module(logprobs).ppo_advantages_forward(
         address(scores),
         *token_rows(logprobs),
         *token_rows(ref_logprobs),
@@ -70,7 +69,7 @@ def _forward(
         *map(address, (cu_seqlens, advantages, returns, rewards, moments, *scratch)),
         with_moments,
         *(batch, logprobs.shape[-1], logprobs.dtype == torch.float64),
-        *runner(logprobs),
+        *_rows.runner(logprobs),
     )
     return advantages, returns, rewards, moments
 
@@ -84,12 +83,12 @@ def _moments(like: Tensor, batch: int) -> Tensor:
 def _whiten(advantages: Tensor, mask: Tensor, moments: Tensor) -> None:
     mask = unit_stride(mask)
     rows = advantages.shape[0] if advantages.dim() == 2 else 1
-    module(advantages).ppo_advantages_whiten(
+    _rows.module(advantages).ppo_advantages_whiten(
         advantages.data_ptr(),
         *token_rows(mask),
         moments.data_ptr(),
         *(rows, advantages.shape[-1], advantages.dtype == torch.float64),
-        *runner(advantages),
+        *_rows.runner(advantages),
     )
 
 
