@@ -58,8 +58,9 @@ test-emulated: emulator  ## the CUDA kernels in their emulator, on a CPU
 test-emulated-full: emulator  ## the same with the long and adversarial tests of the ops
 	$(EMULATED) -m emulated
 
+# In processes side by side where pytest-xdist is there: most of the time compiles Triton's kernels.
 test-gpu:  ## the GPU tests, with the current Python and without the network
-	python3 -m pytest -m gpu
+	python3 -m pytest -m gpu $$(python3 -c 'import xdist; print("-n 8")' 2>/dev/null) $(FILES)
 
 # Our dependencies without our build: the tests run the checkout itself. Then the peers, whose own
 # requirements are not wanted, and which know no Python beyond 3.12.
@@ -119,8 +120,8 @@ bench: rivals  ## the CPU benchmarks; the rivals' wheels are fetched
 bench-vllm: $(READY) $(VLLM)/.ready  ## the rollout engines on the CPU, vLLM among them
 	OMP_WAIT_POLICY=passive $(VLLM)/bin/python $(BENCH) benchmarks/bench_rollout.py -m "not gpu"
 
-bench-gpu:  ## the GPU benchmarks, with the current Python and without the network
-	python3 $(BENCH) benchmarks -m gpu
+bench-gpu:  ## the GPU benchmarks, or those in FILES, with the current Python and no network
+	python3 $(BENCH) $(or $(FILES),benchmarks) -m gpu
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

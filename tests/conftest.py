@@ -23,7 +23,7 @@ if emulated_cuda.BUILD is not None:
 
 if find_spec("pydantic") is None:
     # A bare GPU machine: the ops need torch alone, and are tested without the trainers.
-    collect_ignore_glob = ["test_bad_input.py", "test_[c-z]*.py"]
+    collect_ignore_glob = ["rollout", "test_bad_input.py", "test_[c-z]*.py"]
 
 # Reasons for which a test may be skipped; any other skip fails the run.
 KNOWN_SKIPS = (
@@ -39,6 +39,12 @@ KNOWN_SKIPS_OUTSIDE_CI = (
     r"nvcc is not here",
     r"not a git checkout",
 )
+
+
+def pytest_report_header() -> str | None:
+    if find_spec("pydantic") is None:
+        return "pydantic is not installed: only the ops and their backends are tested"
+    return None
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +66,14 @@ def _nan_in_fresh_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_the_gpu():
+    """Processes share it: none keeps what a large test took."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

@@ -50,11 +50,14 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(values, grad, shares)
         ctx.impl, ctx.needs, ctx.coefficients = impl, needs, coefficients
         ctx.mark_non_differentiable(values)
+        ctx.set_materialize_grads(False)  # zeros for `values` would be a launch of their own
         return loss, values
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad_loss is None:
+            return (None,) * 13
         values, grad, shares = ctx.saved_tensors
         grads = ctx.impl.backward(grad_loss, values, grad, shares, *ctx.coefficients, *ctx.needs)
         kept = (g if needed else None for g, needed in zip(grads, ctx.needs, strict=True))

@@ -90,11 +90,14 @@ class _ValueLoss(torch.autograd.Function):
         ctx.save_for_backward(out, grad)
         ctx.impl = impl
         ctx.mark_non_differentiable(out)
+        ctx.set_materialize_grads(False)  # zeros for `out` would be a launch of their own
         return loss, out
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad_loss is None:
+            return (None,) * 8
         out, grad = ctx.saved_tensors
         return None, ctx.impl.backward(grad_loss, out, grad), *[None] * 6
 
