@@ -9,6 +9,9 @@ from backend_cases import Case, cases
 from rlhf_fast.ops import discounted_returns, gae, policy_loss, ppo_advantages, value_loss
 
 B, T = 64, 1024
+# CUPTI's own doings, which not all versions of torch keep apart from the GPU's.
+OVERHEAD = ("Activity Buffer Request", "Buffer Flush", "Command Buffer Full", "Instrumentation")
+OVERHEAD += ("Lazy Function Loading", "Resource", "Runtime Triggered Module Loading")
 
 
 def batch():
@@ -72,5 +75,6 @@ def test_few_launches_no_copies_no_waiting(case):
             torch.cuda.synchronize()
         on_gpu = torch.autograd.DeviceType.CUDA
         launched = [event.name for event in profile.events() if event.device_type == on_gpu]
+        launched = [name for name in launched if not name.startswith(OVERHEAD)]
         assert 1 <= len(launched) <= most, f"{name}: {launched}"
         assert not [event for event in launched if event.startswith("Mem")], f"{name}: {launched}"
