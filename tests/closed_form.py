@@ -104,8 +104,8 @@ class Problem:
 
 @torch.no_grad()
 def sequence_logprobs(model: GPT2LMHeadModel, completions: Tensor) -> Tensor:
-    """fp64 [K], log-probability of each completion [K, length] after `^`, dropout off."""
+    """fp64 [K], log-probability of each completion [K, length] after `^`, dropout off; on a CPU."""
     model.eval()
     tokens = torch.cat([torch.zeros(len(completions), 1, dtype=torch.int64), completions], dim=1)
-    logprobs = model(tokens).logits[:, :-1].double().log_softmax(-1)
+    logprobs = model(tokens.to(model.device)).logits[:, :-1].cpu().double().log_softmax(-1)
     return logprobs.gather(2, tokens[:, 1:, None]).sum((1, 2))

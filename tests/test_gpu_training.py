@@ -20,7 +20,7 @@ pytestmark = [
 def test_gate_a_holds_on_a_gpu():
     problem, model, history = train_closed_form(0, iterations=80, batch=128)
     assert model.device.type == "cuda"
-    logprobs = sequence_logprobs(model.cpu(), problem.completions)
+    logprobs = sequence_logprobs(model, problem.completions)
     assert problem.gap_closed(logprobs) >= 0.99
     assert history[-1]["soft_return"] == pytest.approx(problem.best, abs=0.05)
 
