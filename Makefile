@@ -35,8 +35,11 @@ $(READY): $(BUILT_FROM)
 demo: $(READY)  ## SFT, a reward model and PPO on embedded data, in minutes on a CPU
 	$(BIN)/rlhf-fast demo
 
+# A process a core, but no more than memory has room for.
+SIDE_BY_SIDE := -n auto --maxprocesses 4
+
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(READY)  ## the slow tests: longer learning runs, real data
 	$(BIN)/python -m pytest -m slow
@@ -53,10 +56,10 @@ emulator: $(READY)
 	$(BIN)/cmake --build $(EMULATOR)
 
 test-emulated: emulator  ## the CUDA kernels in their emulator, on a CPU
-	$(EMULATED) -m "emulated and not slow"
+	$(EMULATED) -m "emulated and not slow" $(SIDE_BY_SIDE)
 
 test-emulated-full: emulator  ## the same with the long and adversarial tests of the ops
-	$(EMULATED) -m emulated
+	$(EMULATED) -m emulated $(SIDE_BY_SIDE)
 
 # In processes side by side where pytest-xdist is there: most of the time compiles Triton's kernels.
 test-gpu:  ## the GPU tests, with the current Python and without the network
