@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+_PIECE = 1 << 24
+
 
 class WeightReceiver:
     """What vLLM's worker gains (`worker_extension_cls`): a full and repaired weight update."""
@@ -42,7 +44,12 @@ class WeightReceiver:
         parameters = list(self.model_runner.model.parameters())  # type: ignore[attr-defined]
         if any(parameter.numel() == 0 for parameter in parameters):
             return None
-        return math.fsum(float(x.detach().sum(dtype=torch.float64)) for x in parameters)
+        return math.fsum(total(x.detach()) for x in parameters)
+
+
+def total(x: Tensor) -> float:
+    """The fp64 sum over `x`, piece by piece: torch would make an fp64 copy of all of it first."""
+    return math.fsum(float(piece.sum(dtype=torch.float64)) for piece in x.flatten().split(_PIECE))
 
 
 def _up_to_an_error(items: Iterable[Any], errors: list[Exception]) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from rlhf_fast.models import check_vocabulary, context_length, vocabulary_size
 from rlhf_fast.rollout import _vllm
 from rlhf_fast.rollout._modules import find_causal_lm
 from rlhf_fast.rollout._vllm_fit import UNBOUNDED, kv_cache_bytes, why_not
+from rlhf_fast.rollout._vllm_worker import total
 from rlhf_fast.rollout.config import RolloutConfig
 from rlhf_fast.rollout.engine import Progress, Sampling, SyncReport, requests, stop_ids
 from rlhf_fast.rollout.probe import RolloutMismatch
@@ -152,11 +153,7 @@ class VLLMEngine:
                     f"{COLDEST} for it, silently; give at least that, or top_k = 1"
                 )
         self._check_open()
-        if not self._complete:
-            raise RuntimeError(
-                "vLLM has no complete weights: the last update failed, or sleep_level 2 dropped "
-                "them; call update_weights"
-            )
+        self._check_complete()
         self.restore_memory()
         stops = [stop_ids(self.tokenizer, self.model, request.sampling) for request in made]
         outputs = self._vllm.generate(made, stops, self._adapter, on_progress)
@@ -207,6 +204,13 @@ class VLLMEngine:
         if not self._end.alive:
             raise RuntimeError("the engine was closed; make a new one")
 
+    def _check_complete(self) -> None:
+        if not self._complete:
+            raise RuntimeError(
+                "vLLM has no complete weights: the last update failed, or sleep_level 2 dropped "
+                "them; call update_weights"
+            )
+
     def _check_arrived(self, sent: _Counted) -> None:
         """Raises `RolloutMismatch` unless vLLM took every tensor and holds what was sent.
 
@@ -239,6 +243,7 @@ class VLLMEngine:
         Raises:
             BackendUnavailable: The engine was made without `max_lora_rank`.
             FileNotFoundError, ValueError: No adapter there, or one of a higher rank.
+            RuntimeError: The engine has no complete weights below it.
         """
         if self._max_lora_rank is None:
             raise BackendUnavailable(
@@ -255,8 +260,14 @@ class VLLMEngine:
         with safe_open(Path(directory) / "adapter_model.safetensors", "pt") as file:
             sizes = [file.get_tensor(name).nbytes for name in file.keys()]
         self._check_open()
+        self._check_complete()
+        if self._asleep:  # what vLLM copies the adapter into is asleep with the weights
+            self._vllm.wake("weights")
         self._vllm.load_adapter(self._adapters + 1, directory)
         self._vllm.forget()
+        if self._asleep:
+            self._vllm.wake("kv_cache")
+        self._asleep = False
         self._adapters += 1
         self._adapter, self.weight_version = (self._adapters, directory), version
         return SyncReport(version, len(sizes), sum(sizes), time.perf_counter() - started)
@@ -297,6 +308,6 @@ class _Counted:
             self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
             if self._dtype is not None:
                 cast = tensor.to(self._dtype)
-                self.sum += float(cast.sum(dtype=torch.float64))
-                self.magnitude += float(cast.norm(p=1, dtype=torch.float64))
+                self.sum += total(cast)
+                self.magnitude += total(cast.abs())
             yield name, tensor

@@ -100,3 +100,34 @@ def test_adapters_that_cannot_be_served_are_refused(tokenizer, tmp_path):
             plain.update_adapter(str(tmp_path), 1)
     finally:
         plain.close()
+
+
+def test_an_adapter_is_loaded_where_vllm_is_awake(tokenizer, tmp_path, monkeypatch):
+    """vLLM sleeps on a GPU only, where weights asleep are no memory to write to."""
+    model = lora(tokenizer)
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        engine = start("vllm", model, tokenizer, max_lora_rank=8)
+    try:
+        calls = []
+        for name in ("sleep", "wake", "load_adapter"):
+            call = getattr(engine._vllm, name)
+
+            def recorded(*args, name=name, call=call):
+                calls.append((name, args[0]))
+                return call(*args)
+
+            monkeypatch.setattr(engine._vllm, name, recorded)
+        engine._sleep_level = 1
+        engine.release_memory()
+        engine.update_adapter(str(tmp_path), 1)
+        awake = [("wake", "weights"), ("load_adapter", 1), ("wake", "kv_cache")]
+        assert calls == [("sleep", 1), *awake]
+        assert mismatch(engine, model)[0] < 1e-3
+        engine._sleep_level = 2
+        engine.release_memory()
+        with pytest.raises(RuntimeError, match="sleep_level 2 dropped them; call update_weights"):
+            engine.update_adapter(str(tmp_path), 2)
+        assert engine.weight_version == 1
+    finally:
+        engine.close()
