@@ -45,3 +45,28 @@ def test_every_stage_trains_on_a_gpu_in_every_precision(stage, precision):
         ).train()
         assert trainer.run.history[0]["kl"] == 0.0
     assert next(model.parameters()).device.type == "cuda" or stage == "reward"
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_lora_shares_the_frozen_weights_on_a_gpu_too(precision):
+    tokenizer = train_tokenizer([" ".join(WORDS) + " no end", *PROMPTS], 300)
+    trainer = PPOTrainer(
+        tiny_llama(tokenizer, hidden_size=32, context=64),
+        reward=length_reward,
+        prompts=PROMPTS,
+        tokenizer=tokenizer,
+        critic="model",
+        lora=4,
+        config=ppo_config(mixed_precision=precision),
+    )
+    actor_critic = trainer._module
+    stored = [
+        {p.data_ptr() for p in module.parameters()}
+        for module in (actor_critic.policy, actor_critic.critic, trainer.ref)
+    ]
+    embedding = actor_critic.policy.model.get_input_embeddings().weight
+    assert embedding.device.type == "cuda"
+    assert all(embedding.data_ptr() in pointers for pointers in stored)
+    trainer.train()
+    assert trainer.run.history[0]["kl"] == 0.0
+    assert trainer.run.history[-1]["kl"] != 0.0

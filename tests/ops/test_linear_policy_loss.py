@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_cases import cases, count_launches, to_cpu, to_device
 from linear_cases import small_tiles
 from torch import Tensor
 
@@ -44,11 +45,28 @@ def test_ppo_loss_by_hand() -> None:
     assert loss.item() == pytest.approx(policy - 0.1 * entropy, rel=1e-6)
 
 
-def test_agrees_with_the_formula_on_whole_logits() -> None:
-    hidden, weight, tokens, old, advantages, mask = problem()
-    bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
+@pytest.fixture(params=cases("linear_policy_loss"))
+def run(request, monkeypatch):
+    """`linear_policy_loss` through one backend, whose launchers must run, forward and backward."""
+    case, counts = request.param, []
+    if case.backend != "reference":
+        ops = ("linear_logprobs", "policy_loss")
+        counts = [count_launches(monkeypatch, op, case.backend) for op in ops]
+
+    def call(*args: Any, **options: Any) -> Any:
+        moved = [to_device(x, case.device) for x in args]
+        options = {name: to_device(x, case.device) for name, x in options.items()}
+        return to_cpu(linear_policy_loss(*moved, backend=case.backend, **options))
+
+    yield call
+    assert all(count["forward"] > 0 and count["backward"] > 0 for count in counts), counts
+
+
+def test_agrees_with_the_formula_on_whole_logits(run) -> None:
+    hidden, weight, tokens, old, advantages, mask = problem(torch.float32)
+    bias = torch.randn(V, requires_grad=True)
     ref = old + 0.1
-    loss, metrics = linear_policy_loss(
+    loss, metrics = run(
         hidden,
         weight,
         tokens,
@@ -66,17 +84,18 @@ def test_agrees_with_the_formula_on_whole_logits() -> None:
         ref_logprobs=ref,
         kl_coef=0.2,
     )
-    z = 5.0 * torch.tanh((hidden @ weight.T + bias) * 0.5 / 5.0) / 0.8
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    z = 5.0 * torch.tanh((wide[0] @ wide[1].T + wide[2]) * 0.5 / 5.0) / 0.8
     logp = z.log_softmax(-1)
     new = logp.gather(1, tokens[:, None]).squeeze(1)
     rho = (new - old).exp()
     token = -torch.minimum(rho * advantages, rho.clamp(0.9, 1.3) * advantages)
     entropy = -(logp.exp() * logp).sum(-1)
     want = (token - 0.05 * entropy + 0.2 * 0.5 * (new - ref) ** 2)[mask].mean()
-    torch.testing.assert_close(loss, want)
-    inputs = (hidden, weight, bias)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(want, inputs))
-    torch.testing.assert_close(metrics["entropy"], entropy[mask].mean().detach())
+    got = (loss, metrics["entropy"], *torch.autograd.grad(loss, (hidden, weight, bias)))
+    truth = (want, entropy[mask].mean(), *torch.autograd.grad(want, wide))
+    for one, other in zip(got, truth, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.3}, {"ratio": "cispo"}])
