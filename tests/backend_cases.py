@@ -107,9 +107,20 @@ def to_device(x: Any, device: str) -> Any:
     """`x` on `device`, a view still as a view with the same strides; no tensor: `x` itself."""
     if not isinstance(x, torch.Tensor) or x.device.type == device:
         return x
-    if x._base is None:
-        return x.to(device)
-    return x._base.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+    return x.to(device) if x._base is None else _MovedView.apply(x, device)
+
+
+class _MovedView(torch.autograd.Function):
+    """A view on another device; its base, which need not require a gradient, is no way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, device: str) -> torch.Tensor:
+        assert x._base is not None
+        return x._base.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.cpu(), None
 
 
 def to_cpu(result: Any) -> Any:
