@@ -39,6 +39,23 @@ def lora_layers(root: nn.Module) -> Iterator[Any]:
         yield from (module for module in root.modules() if isinstance(module, BaseTunerLayer))
 
 
+def adapter_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    """What the active adapters in `root` train: their factors, and copies of whole modules."""
+    if not _imported():
+        return
+    from peft.utils import ModulesToSaveWrapper
+
+    for layer in lora_layers(root):
+        for parts in (getattr(layer, name) for name in layer.adapter_layer_names):
+            for name in set(layer.active_adapters) & set(parts.keys()):
+                part = parts[name]
+                yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
+    for module in root.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for name in set(module.active_adapters) & set(module.modules_to_save.keys()):
+                yield from module.modules_to_save[name].parameters()
+
+
 def check_adapters(root: nn.Module) -> None:
     """Raises `WeightsError` if `root` holds an adapter that is not LoRA, active or not."""
     if not _imported():

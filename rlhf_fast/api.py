@@ -116,19 +116,21 @@ def ppo(
 
 
 def merge(folder: str | Path, into: str | Path) -> None:
-    """Writes the adapter in `folder` and its base as one model, in the precision of the base.
+    """Writes the adapter in `folder` and its base as one model.
+
+    Its precision is that of the base on disk; a reward model's is that in which it was trained.
 
     Args:
         folder: A policy's adapter, or a reward model's.
-        into: A folder for the model, which then needs neither the base nor peft.
+        into: A new or empty folder for the model, which then needs neither the base nor peft.
 
     Raises:
-        ValueError: There is no adapter in `folder`, or `into` is it.
+        ValueError: There is no adapter in `folder`, or something in `into`.
     """
     if not (Path(folder) / ADAPTER).exists():
         raise ValueError(f"{str(folder)!r} holds no {ADAPTER}; give the folder of an adapter")
-    if Path(folder).resolve() == Path(into).resolve():
-        raise ValueError(f"{str(into)!r} holds the adapter itself; name another folder")
+    if Path(into).exists() and (not Path(into).is_dir() or any(Path(into).iterdir())):
+        raise ValueError(f"{str(into)!r} is not empty, and would be overwritten; name another")
     if (Path(folder) / "reward_model.json").exists():
         RewardModel.from_pretrained(folder).merge_adapter().save_pretrained(into)
         return

@@ -14,9 +14,10 @@ from typing import Any, Self, TypeVar
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast._adapters import (
+    adapter_parameters,
     check_adapters,
     check_layers,
     is_idle,
@@ -26,6 +27,7 @@ from rlhf_fast._adapters import (
 from rlhf_fast.config import ConfigError, Strict
 
 ADAPTER = "adapter_config.json"
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -87,7 +89,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> Any:
     """A `PeftModel` over `model`, which is frozen and adapted in place.
 
     Raises:
-        ConfigError: peft is missing, or `model` has none of the target modules.
+        ConfigError: peft is missing, or refuses: `model` has none of the target modules, say.
     """
     fields = config.model_dump()
     try:
@@ -103,6 +105,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> Any:
             ),
         )
     except ValueError as error:
+        if "arget modules" not in str(error):
+            raise ConfigError(f"peft refuses {config!r}: {error}") from error
         leaves = {name.rsplit(".")[-1] for name, m in model.named_modules() if hasattr(m, "weight")}
         raise ConfigError(
             f"LoraConfig.target_modules = {config.target_modules!r}: {error} This "
@@ -110,15 +114,27 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> Any:
         ) from error
 
 
-def load_adapter(folder: str | Path, dtype: torch.dtype | str) -> Any:
+def load_adapter(
+    folder: str | Path, dtype: torch.dtype | str, kind: Any = AutoModelForCausalLM
+) -> Any:
     """The `PeftModel` that was saved in `folder`, trainable, over its base in `dtype`.
+
+    Args:
+        folder: Of the adapter.
+        dtype: Of the base, below adapters alone: with biases or whole modules that are trained it
+            is fp32, as they are. "auto" for that in which it was saved.
+        kind: Which class of transformers loads the base.
 
     Raises:
         ConfigError: peft is missing.
-        ValueError: The base is not known, or cannot be loaded.
+        ValueError: The base is not known, cannot be loaded, or is not the adapter's.
     """
     peft = _peft()
-    base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    config = peft.PeftConfig.from_pretrained(folder)
+    base, revision = config.base_model_name_or_path, config.revision
+    whole = getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none"
+    if whole and dtype != "auto":
+        dtype = torch.float32  # layers in two precisions compute under autocast alone
     remedy = (
         f"put the base model's name or folder under base_model_name_or_path of {ADAPTER}, or load "
         "it yourself and pass peft.PeftModel.from_pretrained(base, folder, is_trainable=True)"
@@ -126,13 +142,28 @@ def load_adapter(folder: str | Path, dtype: torch.dtype | str) -> Any:
     if not base:
         raise ValueError(f"the adapter in {str(folder)!r} does not name its base model; {remedy}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model = kind.from_pretrained(base, dtype=dtype, revision=revision or "main")
     except OSError as error:
         raise ValueError(
             f"the base model {base!r} of the adapter in {str(folder)!r} cannot be loaded "
             f"({error}); {remedy}"
         ) from error
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    # As PeftModel.from_pretrained, which only warns of what is missing, and not of what is left.
+    config.inference_mode = False
+    renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+    model = peft.get_peft_model(model, config)
+    try:
+        found = model.load_adapter(folder, "default", is_trainable=True, key_mapping=renamed)
+        differ = [f"{key} is not in its file" for key in found.missing_keys]
+        differ += [f"there is no place for {key}" for key in found.unexpected_keys]
+    except (KeyError, RuntimeError) as error:  # a whole module is missing, or of another shape
+        differ = [str(error)]
+    if differ:
+        raise ValueError(
+            f"the adapter in {str(folder)!r} does not fit its base model {base!r}: {differ[0]}; "
+            f"name the base that it was trained over under base_model_name_or_path of {ADAPTER}"
+        )
+    return model
 
 
 def check_peft_model(model: Any) -> None:
@@ -145,6 +176,14 @@ def check_peft_model(model: Any) -> None:
             "saved; choose it with set_adapter, or merge the others first"
         )
     check_layers(model.get_base_model())
+    start = str(model.peft_config[active[0]].init_lora_weights)
+    if start.startswith(_CHANGE_BASE):
+        raise ValueError(
+            f"init_lora_weights = {start!r} changes the weights below the adapter, so what is "
+            "saved and sent would be another model over the base on disk; start from plain "
+            "init_lora_weights=True, or convert it first (peft's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
     if any(layer.merged for layer in lora_layers(model)):
         raise ValueError(
             "the adapter is merged into the weights, so it would not be trained; call "
@@ -160,7 +199,11 @@ def own_copy(module: _Module) -> _Module:
     """
     if not has_adapters(module):
         return copy.deepcopy(module).requires_grad_(True)
-    return _over_the_same(module)
+    copied = _over_the_same(module)
+    if not any(p.requires_grad for p in copied.parameters()):  # one for use only, as rewards are
+        for parameter in adapter_parameters(copied):
+            parameter.requires_grad_(True)
+    return copied
 
 
 def frozen_copy(module: _Module) -> _Module:
@@ -183,8 +226,10 @@ def has_adapters(module: nn.Module) -> bool:
 
 
 def _over_the_same(module: _Module) -> _Module:
-    # What deepcopy finds in its memo it takes for copied.
-    return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+    # What deepcopy finds in its memo it takes for copied. Adapters may be frozen, too.
+    own = {id(p) for p in adapter_parameters(module)}
+    below = (p for p in module.parameters() if not p.requires_grad and id(p) not in own)
+    return copy.deepcopy(module, {id(p): p for p in below})
 
 
 @contextmanager
@@ -200,13 +245,38 @@ def adapters_off(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def save_model(model: Any, folder: str | Path) -> None:
-    """Writes `model` as transformers does; of a `PeftModel` its active adapter, as peft does."""
+def _embeddings_differ(model: Any) -> bool:
+    """Whether the base on disk cannot give the embeddings below the adapter, as far as known here.
+
+    peft would ask the Hub at every call.
+    """
+    inner = model.get_base_model()
+    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    if any(end is not None and has_adapters(end) for end in ends):
+        return True  # as peft does
+    try:
+        saved = AutoConfig.from_pretrained(inner.config.name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    sizes = [getattr(c.get_text_config(), "vocab_size", None) for c in (saved, inner.config)]
+    return sizes[0] != sizes[1]
+
+
+def save_model(model: Any, folder: str | Path, *, embeddings: bool | None = None) -> None:
+    """Writes `model` as transformers does; of a `PeftModel` its active adapter, as peft does.
+
+    Args:
+        model: The model.
+        folder: For it.
+        embeddings: Write those below the adapter too; None for where the base on disk has others.
+    """
     if not is_peft(model):
         model.save_pretrained(folder)
         return
     (name,) = model.active_adapters
-    model.save_pretrained(folder, selected_adapters=[name])
+    if embeddings is None:
+        embeddings = _embeddings_differ(model)
+    model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=embeddings)
     if name != "default":  # peft puts it one folder deeper, where none of its loaders looks
         for file in (Path(folder) / name).iterdir():
             file.replace(Path(folder) / file.name)

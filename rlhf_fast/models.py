@@ -35,15 +35,20 @@ TOKENIZER = "tokenizer_config.json"
 
 
 def load_causal_lm(
-    model: Any, *, lora: LoraConfig | None = None, frozen_dtype: torch.dtype = torch.float32
+    model: Any,
+    *,
+    lora: LoraConfig | None = None,
+    frozen_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A causal language model in fp32, from a name, a folder, or itself.
+    """A causal language model, from a name, a folder, or itself.
 
     Args:
         model: A model of transformers, or a `peft.PeftModel` over one; the folder of a saved
             adapter brings its base with it.
         lora: Train an adapter of it: the model becomes a `PeftModel`.
         frozen_dtype: Of the frozen weights below adapters that are loaded here.
+        dtype: Of a model without adapters that is loaded here; fp32 to train it.
 
     Raises:
         TypeError, ValueError: It cannot be trained and saved here; ConfigError if that is for
@@ -58,7 +63,7 @@ def load_causal_lm(
         if (Path(model) / ADAPTER).exists():
             model = load_adapter(model, frozen_dtype)
         else:
-            dtype = torch.float32 if lora is None else frozen_dtype
+            dtype = dtype if lora is None else frozen_dtype
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     _check_kind(model)
     if lora is None:
@@ -86,8 +91,9 @@ def _check_kind(model: Any) -> None:
     elif any("lora_" in name for name, _ in inner.named_parameters()):
         raise ValueError(
             f"the {what} holds LoRA adapters that no PeftModel is around, so they would not be "
-            "saved; make them with peft.get_peft_model and pass what it returns, or merge them "
-            "first"
+            "saved; if a trainer put them there (lora=...), pass its trainer.model or load the "
+            "base anew, else make them with peft.get_peft_model and pass what it returns, or merge "
+            "them first"
         )
     if inner.config.is_encoder_decoder or inner.get_output_embeddings() is None:
         raise ValueError(
@@ -107,7 +113,14 @@ def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = No
             _check_kind(model)
             model = language_model(model).config.name_or_path
         elif (Path(model) / ADAPTER).exists() and not (Path(model) / TOKENIZER).exists():
-            model = json.loads((Path(model) / ADAPTER).read_text())["base_model_name_or_path"]
+            folder, described = model, json.loads((Path(model) / ADAPTER).read_text())
+            model = described.get("base_model_name_or_path")
+            if not model:
+                raise ValueError(
+                    f"the adapter in {str(folder)!r} does not name its base model, so its "
+                    "tokenizer is unknown; put the base's name or folder under "
+                    f"base_model_name_or_path of {ADAPTER}, or pass tokenizer=..."
+                )
         tokenizer = model
         if not tokenizer:
             raise ValueError(
@@ -176,7 +189,9 @@ def require_trainable(module: nn.Module) -> None:
         )
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            hint = "; a frozen base may stay so" if has_adapters(module) else ""
+            hint = (
+                "; a frozen base may stay so below adapters alone" if has_adapters(module) else ""
+            )
             raise ValueError(
                 f"the model's weights are {parameter.dtype}, in which small optimiser steps round "
                 f"to nothing; load it in float32 and set mixed_precision='bf16'{hint}"

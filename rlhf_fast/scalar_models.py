@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf_fast._adapters import is_peft
 from rlhf_fast.data import check_tokenizer, encode_completion, encode_prompt, pad
@@ -67,6 +68,11 @@ class ScalarModel(nn.Module):
         self._peft = (model,) if is_peft(model) else ()
         self.head = ScalarHead(hidden_size(inner), std)
 
+    @property
+    def peft(self) -> Any:
+        """The `PeftModel` around the transformer, if there is one."""
+        return self._peft[0] if self._peft else None
+
     def as_critic(self) -> ScalarModel:
         """A trainable copy whose values begin as this model's scalars, after each token."""
         critic = ScalarModel(own_copy(self.model))
@@ -75,7 +81,11 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """fp32 `[B, L]`: the scalar after each token."""
-        return self.head(hidden_states(self.model, tokens, mask))
+        # Adapters are fp32: over a base in half precision they compute as they were trained to.
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
+        cast = torch.autocast(tokens.device.type, self.model.dtype) if half else nullcontext()
+        with cast:
+            return self.head(hidden_states(self.model, tokens, mask))
 
 
 class RewardModel(ScalarModel):
@@ -83,6 +93,10 @@ class RewardModel(ScalarModel):
 
     The head starts from N(0, 1 / (D + 1)) (2019). `gain` and `bias` normalise the scores; see
     `RewardTrainer.normalize`.
+
+    Over a base in half precision it computes under autocast. Weights in fp32 that were trained
+    under autocast (`mixed_precision`) score in fp32 once they are loaded again, and differ by the
+    rounding.
 
     Args:
         model: As `ScalarModel`.
@@ -150,7 +164,7 @@ class RewardModel(ScalarModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the trunk or its adapter, the head and the tokenizer, for `from_pretrained`."""
         folder = Path(folder)
-        save_model(self._peft[0] if self._peft else self.model, folder)
+        save_model(self.peft or self.model, folder)
         self.tokenizer.save_pretrained(folder)
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()},
@@ -159,6 +173,7 @@ class RewardModel(ScalarModel):
         # Adapters are saved without the weights below, so their precision is told.
         dtype = str(self.model.dtype).removeprefix("torch.")
         described = {"gain": self.gain.item(), "shift": self.shift.item(), "dtype": dtype}
+        described["bare"] = self.peft is not None and language_model(self.peft) is self.model
         (folder / "reward_model.json").write_text(json.dumps(described) + "\n")
 
     @classmethod
@@ -167,7 +182,8 @@ class RewardModel(ScalarModel):
         folder = Path(folder)
         described = json.loads((folder / "reward_model.json").read_text())
         if (folder / ADAPTER).exists():
-            trunk = load_adapter(folder, described["dtype"])
+            kind = AutoModel if described.get("bare") else AutoModelForCausalLM
+            trunk = load_adapter(folder, described["dtype"], kind)
         else:
             trunk = AutoModel.from_pretrained(folder, dtype=torch.float32)
         model = cls(trunk, AutoTokenizer.from_pretrained(folder))
@@ -179,6 +195,6 @@ class RewardModel(ScalarModel):
     def merge_adapter(self) -> Self:
         """Adds the adapter to the weights, for good; itself, a reward model without one."""
         if self._peft:
-            self.model = self._peft[0].merge_and_unload().base_model
+            self.model = self.peft.merge_and_unload().base_model
             self._peft = ()
         return self

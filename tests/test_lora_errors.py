@@ -59,6 +59,7 @@ def test_what_cannot_be_trained_is_refused_with_what_to_do(base, tokenizer, base
     refuse(
         fresh(), "LoraConfig.target_modules = .*'query'.*q_proj", lora={"target_modules": ["query"]}
     )
+    refuse(fresh(), "peft refuses LoraConfig.*target_modules=\\[\\]", lora={"target_modules": []})
     refuse(fresh(), "unknown key 'rank' in LoraConfig", lora={"rank": 4})
     refuse(fresh(), r"LoraConfig.r = 0", lora=0)
     refuse(fresh(), "lora is True; give a rank", error=TypeError, lora=True)

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from lora_cases import (
     TEXTS,
     TOKENS,
+    adapt,
     base,
     base_folder,
     redraw,
@@ -37,6 +38,7 @@ from rlhf_fast.data import Rollout
 from rlhf_fast.models import load_causal_lm
 from rlhf_fast.scalar_models import RewardModel
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
+from rlhf_fast.trainers import checkpoint
 
 __all__ = ["base", "base_folder", "tokenizer"]  # fixtures
 
@@ -132,13 +134,36 @@ def test_a_checkpoint_over_another_base_or_scale_is_refused(base_folder, tmp_pat
     settings["tokenizer"] = tokenizer
     with pytest.raises(ConfigError, match="frozen weights below the adapter are not those"):
         SFTTrainer(other, EXAMPLES, lora=4, **settings)
-    with pytest.raises(ConfigError, match="the adapter is scaled otherwise"):
-        SFTTrainer(base_folder, EXAMPLES, lora={"r": 4, "alpha": 5}, **settings)
-    with pytest.raises(ConfigError, match="size mismatch for .*lora_A"):
-        SFTTrainer(base_folder, EXAMPLES, lora={"r": 2, "alpha": 16}, **settings)
-    lora = {"r": 4, "alpha": 224, "target_modules": ["q_proj"]}  # the sum of scales as before
-    with pytest.raises(ConfigError, match="lora_A.*is only in the checkpoint"):
-        SFTTrainer(base_folder, EXAMPLES, lora=lora, **settings)
+    for lora, message in (
+        ({"r": 4, "alpha": 5}, "had alpha = 32 in the run, and now has 5"),
+        ({"r": 2, "alpha": 16}, "had r = 4 in the run, and now has 2"),
+        ({"r": 4, "dropout": 0.1}, r"had dropout = 0\.0 in the run, and now has 0\.1"),
+        ({"r": 4, "use_rslora": True}, "the adapter is scaled otherwise"),
+        ({"r": 4, "target_modules": ["q_proj"]}, "lora_A.*is only in the checkpoint"),
+        (None, "was begun with lora .*, and here is no adapter"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SFTTrainer(base_folder, EXAMPLES, lora=lora, **settings)
+
+
+def test_frozen_weights_are_summed_in_slices_and_once(base, monkeypatch):
+    model = adapt(base)
+    expected = sum(p.double().sum() for p in model.parameters() if not p.requires_grad)
+    monkeypatch.setattr(checkpoint, "SLICE", 100)
+    summed, split = [], torch.Tensor.split
+    monkeypatch.setattr(
+        torch.Tensor, "split", lambda x, size: summed.append(size) or split(x, size)
+    )
+    for _ in range(2):
+        assert checkpoint._below(model)["sum"] == pytest.approx(float(expected), rel=1e-12)
+    assert summed == [100] * sum(not p.requires_grad for p in model.parameters())
+
+
+def test_merging_overwrites_nothing(base_folder, tmp_path):
+    adapt(load_causal_lm(base_folder)).save_pretrained(tmp_path / "adapter")
+    for into in (base_folder, tmp_path / "adapter", tmp_path / "adapter/adapter_config.json"):
+        with pytest.raises(ValueError, match="is not empty, and would be overwritten"):
+            api.merge(tmp_path / "adapter", into)
 
 
 def test_sft_then_reward_then_ppo_with_adapters_all_the_way(base_folder, tmp_path):

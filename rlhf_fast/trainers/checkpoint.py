@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import SAFE_WEIGHTS_NAME
@@ -23,6 +24,8 @@ from rlhf_fast.lora import has_adapters
 from rlhf_fast.trainers.run import Run
 
 BELOW = "below_adapters.json"
+SLICE = 2**24  # elements that are summed at once
+_known_sums: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 # A tied head is one tensor under two names; accelerate warns at each save that it keeps one.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
@@ -54,32 +57,59 @@ def _leave_out_frozen(
 
 def _load_trained(models: list[nn.Module], folder: str) -> None:
     """Loads models with adapters, and takes them from those that accelerate is to load."""
+    begun = (Path(folder) / BELOW).exists()
+    if begun and not any(map(has_adapters, models)):
+        raise ValueError("the run was begun with lora (or a PeftModel), and here is no adapter")
     for module in [module for module in models if has_adapters(module)]:
-        if not (Path(folder) / BELOW).exists():
-            raise ValueError("the run trained no LoRA adapter")
-        _check_below(json.loads((Path(folder) / BELOW).read_text()), _below(module))
+        if not begun:
+            raise ValueError("the run trained no LoRA adapter; it was begun without lora")
         state, expected = load_file(Path(folder) / SAFE_WEIGHTS_NAME), _saved(module)
         if differ := sorted(state.keys() ^ expected):
             where = "model" if differ[0] in expected else "checkpoint"
             raise ValueError(f"{differ[0]} is only in the {where}")
+        _check_below(json.loads((Path(folder) / BELOW).read_text()), _below(module))
         module.load_state_dict(state, strict=False)
         models.remove(module)
 
 
-def _below(module: nn.Module) -> dict[str, float]:
-    """Of what a checkpoint of adapters does not hold: the frozen weights, the updates' scales."""
-    frozen = [p.detach() for p in module.parameters() if not p.requires_grad]
+def _sums(module: nn.Module) -> dict[str, float]:
+    """Of the frozen weights of `module`: computed once, since they stay."""
+    if module not in _known_sums:
+        # In slices: a sum in fp64 may copy what it sums.
+        slices = [
+            piece
+            for p in module.parameters()
+            if not p.requires_grad
+            for piece in p.detach().flatten().split(SLICE)
+        ]
+        _known_sums[module] = {
+            "sum": math.fsum(float(x.sum(dtype=torch.float64)) for x in slices),
+            "magnitude": math.fsum(float(x.norm(p=1, dtype=torch.float64)) for x in slices),
+        }
+    return _known_sums[module]
+
+
+def _below(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint of adapters does not hold: the frozen weights, how updates are made."""
+    layers = list(lora_layers(module))
+    rates = (getattr(x, "p", 0.0) for layer in layers for x in layer.lora_dropout.values())
     return {
-        "sum": math.fsum(float(p.sum(dtype=torch.float64)) for p in frozen),
-        "magnitude": math.fsum(float(p.norm(p=1, dtype=torch.float64)) for p in frozen),
-        "scales": math.fsum(s for layer in lora_layers(module) for s in layer.scaling.values()),
+        **_sums(module),
+        "scales": math.fsum(s for layer in layers for s in layer.scaling.values()),
+        "r": sorted({r for layer in layers for r in layer.r.values()}),
+        "alpha": sorted({a for layer in layers for a in layer.lora_alpha.values()}),
+        "dropout": sorted(set(rates)),  # in force: only SFT has any
     }
 
 
-def _check_below(before: dict[str, float], now: dict[str, float]) -> None:
+def _check_below(before: dict[str, Any], now: dict[str, Any]) -> None:
     tolerance = 1e-11 * before["magnitude"]  # another device rounds otherwise
     if any(abs(before[name] - now[name]) > tolerance for name in ("sum", "magnitude")):
         raise ValueError("the frozen weights below the adapter are not those of the run")
+    for name in ("r", "alpha", "dropout"):
+        if name in before and before[name] != now[name]:
+            was, has = (", ".join(map(str, x[name])) for x in (before, now))
+            raise ValueError(f"the adapter had {name} = {was} in the run, and now has {has}")
     if not math.isclose(before["scales"], now["scales"], rel_tol=1e-9):
         raise ValueError("the adapter is scaled otherwise (alpha, use_rslora) than in the run")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import RewardConfig, checked
 from rlhf_fast.data import check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Preference, load_examples, load_preferences
-from rlhf_fast.lora import LoraConfig
+from rlhf_fast.lora import LoraConfig, check_peft_model
 from rlhf_fast.models import (
     context_length,
     disable_dropout,
@@ -225,4 +225,6 @@ def _load(
             "lora makes an adapter for a new reward model, but this is a RewardModel already; "
             "leave lora out, or start from a causal language model"
         )
+    if model.peft is not None:
+        check_peft_model(model.peft)
     return model

@@ -110,10 +110,17 @@ class Rollouts:
         context = context_length(policy.model, config.max_length)
         self._adapter: Any = None  # the PeftModel whose adapter alone is sent
         if engine is None and rollout.max_lora_rank is not None and is_peft(model):
-            check_servable(model, rollout)
+            if rollout.engine == "vllm":
+                check_servable(model, rollout)  # before it starts
             with adapters_off(model):
                 self.engine = make_engine(policy.model, tokenizer, rollout, max_length=context)
-            self._adapter = model if isinstance(self.engine, VLLMEngine) else None
+            if isinstance(self.engine, VLLMEngine):
+                try:
+                    check_servable(model, rollout)
+                except ConfigError:
+                    self.engine.close()
+                    raise
+                self._adapter = model
             self._send()
         elif engine is None:
             self.engine = make_engine(policy.model, tokenizer, rollout, max_length=context)
@@ -128,7 +135,7 @@ class Rollouts:
         if self._adapter is None or not isinstance(engine, VLLMEngine):
             return engine.update_weights(engine.source, version)
         with tempfile.TemporaryDirectory() as folder:
-            save_model(self._adapter, folder)
+            save_model(self._adapter, folder, embeddings=False)
             return engine.update_adapter(folder, version)
 
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> Rollout:
