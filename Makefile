@@ -120,8 +120,9 @@ bench: rivals  ## the CPU benchmarks; the rivals' wheels are fetched
 	OMP_WAIT_POLICY=passive THP_MEM_ALLOC_ENABLE=1 $(BIN)/python $(BENCH) -m "not gpu" \
 		benchmarks/bench_token_logprobs.py benchmarks/bench_full_kl.py
 
-bench-vllm: $(READY) $(VLLM)/.ready  ## the rollout engines on the CPU, vLLM among them
-	OMP_WAIT_POLICY=passive $(VLLM)/bin/python $(BENCH) benchmarks/bench_rollout.py -m "not gpu"
+bench-vllm: $(READY) $(VLLM)/.ready  ## rollout engines and LoRA on the CPU, vLLM among them
+	OMP_WAIT_POLICY=passive $(VLLM)/bin/python $(BENCH) -m "not gpu" \
+		$(or $(FILES),benchmarks/bench_rollout.py benchmarks/bench_lora.py)
 
 bench-gpu:  ## the GPU benchmarks, or those in FILES, with the current Python and no network
 	python3 $(BENCH) $(or $(FILES),benchmarks) -m gpu

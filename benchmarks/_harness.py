@@ -145,6 +145,27 @@ class Report:
         return row.work / SCALES[self.unit] / row.best
 
 
+class Rows:
+    """Figures of whole runs, a row each; rows of a table have the same columns."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+
+    def add(self, title: str, name: str, row: dict[str, float]) -> None:
+        self.tables[title][name] = row
+        print(f"\n{title}: {name}: {row}", flush=True)
+
+    def markdown(self) -> str:
+        return "\n\n".join(map(self._table, self.tables))
+
+    def _table(self, title: str) -> str:
+        rows = self.tables[title]
+        columns = list(next(iter(rows.values())))
+        lines = [["", *columns], ["---"] * (len(columns) + 1)]
+        lines += [[name, *(f"{row[c]:.4g}" for c in columns)] for name, row in rows.items()]
+        return f"## {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.1f}"
 

@@ -18,7 +18,7 @@ import time
 
 import pytest
 import torch
-from _harness import GPU, on_gpu, place, versions
+from _harness import GPU, Rows, on_gpu, place, versions
 from bench_rollout import LIBRARIES, llama_config
 from transformers import LlamaForCausalLM
 
@@ -32,31 +32,7 @@ PROMPTS, PROMPT_TOKENS, TOKENS, MICRO_BATCH = 128, 16, 256, 16
 PRODUCT = 8192  # rows and columns
 
 
-class Phases:
-    """A row an engine."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, dict[str, float]] = {}
-
-    def markdown(self) -> str:
-        columns = list(next(iter(self.tables.values())))
-        first = next(iter(self.tables))
-        slowest = self.tables[first]["iteration, s"]
-        lines = [["", *columns, f"{first} / this"], ["---"] * (len(columns) + 2)]
-        lines += [
-            [
-                name,
-                *(f"{row[column]:.3f}" for column in columns),
-                f"{slowest / row['iteration, s']:.2f}",
-            ]
-            for name, row in self.tables.items()
-        ]
-        title = f"## PPO iteration, Llama 0.5 B, {PROMPTS} x {TOKENS} tokens, {place(GPU, 1)}"
-        title += f", {versions(*LIBRARIES)}\n\n"
-        return title + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-report = Phases()
+report = Rows()
 
 
 def free() -> float:
@@ -145,6 +121,10 @@ def bench_ppo_iteration(benchmark, monkeypatch, engine):
     awake = free()
     trainer.rollouts.engine.release_memory()
     row["GB freed by sleep"] = free() - awake
-    report.tables[engine] = row
-    print(f"\nPPO iteration, {engine}: {row}", flush=True)
+    title = f"PPO iteration, Llama 0.5 B, {PROMPTS} x {TOKENS} tokens, {place(GPU, 1)}"
+    title += f", {versions(*LIBRARIES)}"
+    rows = report.tables[title]
+    first = next(iter(rows), engine)
+    row[f"{first} / this"] = rows.get(first, row)["iteration, s"] / row["iteration, s"]
+    report.add(title, engine, row)
     trainer.close()

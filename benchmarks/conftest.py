@@ -11,12 +11,12 @@ import torch
 
 if find_spec("pydantic") is None:
     # A bare GPU machine: the ops need torch alone, and are measured without engines and trainers.
-    collect_ignore = ["bench_ppo.py", "bench_rollout.py"]
+    collect_ignore = ["bench_lora.py", "bench_ppo.py", "bench_rollout.py"]
 
 
 def pytest_report_header() -> str | None:
     if find_spec("pydantic") is None:
-        return f"pydantic is not installed: {' and '.join(collect_ignore)} are left out"
+        return f"pydantic is not installed: {', '.join(collect_ignore)} are left out"
     return None
 
 
