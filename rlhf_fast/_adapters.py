@@ -6,11 +6,14 @@ peft is no dependency: a model can hold its modules only where the program has i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
 class WeightsError(ValueError):
@@ -124,6 +127,46 @@ def check_layers(root: nn.Module) -> None:
         check_layers(module)
 
 
+def check_peft_model(model: Any) -> None:
+    """Raises `ValueError` unless the `PeftModel` can be trained, sent and saved here."""
+    check_adapters(model)
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ValueError(
+            f"{len(active)} adapters are active ({', '.join(active)}), and one is trained and "
+            "saved; choose it with set_adapter, or merge the others first"
+        )
+    check_layers(model.get_base_model())
+    start = str(model.peft_config[active[0]].init_lora_weights)
+    if start.startswith(_CHANGE_BASE):
+        raise ValueError(
+            f"init_lora_weights = {start!r} changes the weights below the adapter, so what is "
+            "saved and sent would be another model over the base on disk; start from plain "
+            "init_lora_weights=True, or convert it first (peft's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    if any(layer.merged for layer in lora_layers(model)):
+        raise ValueError(
+            "the adapter is merged into the weights, so it would not be trained; call "
+            "unmerge_adapter first"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not _is_saved(name, model.peft_config[active[0]].bias):
+            raise ValueError(
+                f"{name} requires a gradient beside the adapter, so it would be trained, but not "
+                "saved with it; freeze it (requires_grad_(False)), or use modules_to_save of "
+                "peft.LoraConfig"
+            )
+
+
+def _is_saved(name: str, bias: str) -> bool:
+    """Whether peft saves the parameter `name` with an adapter that has this `bias`."""
+    if "lora_" in name or ".modules_to_save." in name:
+        return True
+    # Of "lora_only" the biases that it trains are those of adapted layers.
+    return bias == "all" and "bias" in name or bias == "lora_only" and "base_layer.bias" in name
+
+
 def is_idle(layer: Any) -> bool:
     """Whether a LoRA layer adds nothing to what the layer below gives: one of its factors is 0."""
     for name, _ in _in_force(layer):
@@ -170,3 +213,26 @@ def is_changed(layer: Any, name: str) -> bool:
         name == "weight" or getattr(layer, "lora_bias", {}).get(adapter)
         for adapter, _ in _in_force(layer)
     )
+
+
+def takes_adapter_off_on_error(start: Callable[..., None]) -> Callable[..., None]:
+    """Decorates the `__init__` of a trainer that adapts a model in place: if it fails, undoes it.
+
+    The model that it was given can then be given again.
+    """
+
+    @wraps(start)
+    def guarded(self: Any, *args: Any, **options: Any) -> None:
+        given = [x for x in (*args, *options.values()) if isinstance(x, nn.Module)]
+        trained = [p for module in given for p in module.parameters() if p.requires_grad]
+        try:
+            start(self, *args, **options)
+        except BaseException:
+            model: Any = getattr(self, "model", None)
+            if options.get("lora") is not None and is_peft(model):
+                model.unload()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+
+    return guarded

@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel
 
 from rlhf_fast.config import REFUSED_KEYS, ConfigError
+from rlhf_fast.lora import LoraConfig
+from rlhf_fast.rollout import RolloutConfig
 
 ARGUMENTS = {
     "model": "model to train: name on the Hugging Face hub, or a folder",
@@ -152,6 +154,11 @@ class Stage:
                 raise ConfigError(f"{key} is {values[key]!r}; expected text, in quotes if need be")
         if not isinstance(values.get("resume", False), bool):
             raise ConfigError(f"resume is {values['resume']!r}; expected true or false")
+        try:
+            LoraConfig.of(values.get("lora"))
+            RolloutConfig.of(values.get("rollout", "auto"))
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
         fields = self.config.model_fields
         # Only what was named: other defaults are not the same for every loss.
         config = self.config(**{key: value for key, value in given.items() if key in fields})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast._adapter_files import ADAPTER, check_mergeable
 from rlhf_fast.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.lora import ADAPTER, load_adapter
+from rlhf_fast.lora import load_adapter
 from rlhf_fast.models import load_tokenizer
 from rlhf_fast.scalar_models import RewardModel
 from rlhf_fast.trainers import PPOTrainer, RewardTrainer, SFTTrainer
@@ -125,7 +126,8 @@ def merge(folder: str | Path, into: str | Path) -> None:
         into: A new or empty folder for the model, which then needs neither the base nor peft.
 
     Raises:
-        ValueError: There is no adapter in `folder`, or something in `into`.
+        ValueError: There is no adapter in `folder`, or something in `into`, or an adapter adds to a
+            head or an embedding that are tied.
     """
     if not (Path(folder) / ADAPTER).exists():
         raise ValueError(f"{str(folder)!r} holds no {ADAPTER}; give the folder of an adapter")
@@ -135,5 +137,7 @@ def merge(folder: str | Path, into: str | Path) -> None:
         RewardModel.from_pretrained(folder).merge_adapter().save_pretrained(into)
         return
     tokenizer = load_tokenizer(None, folder)
-    load_adapter(folder, "auto").merge_and_unload().save_pretrained(into)
+    model = load_adapter(folder, "auto")
+    check_mergeable(model)
+    model.merge_and_unload().save_pretrained(into)
     tokenizer.save_pretrained(into)

@@ -6,6 +6,7 @@ peft is imported where a program or its configuration asks for an adapter, and n
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,21 +14,30 @@ from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlhf_fast._adapter_files import (
+    ADAPTER,
+    check_weights,
+    layer_left_out,
+    make_base_absolute,
+    read_fields,
+)
 from rlhf_fast._adapters import (
     adapter_parameters,
-    check_adapters,
-    check_layers,
     is_idle,
     is_peft,
     lora_layers,
 )
 from rlhf_fast.config import ConfigError, Strict
 
-ADAPTER = "adapter_config.json"
-_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
+_NO_NAME = (
+    "the model below the adapter has no name: it was not loaded, or a trainer without run_dir has "
+    "trained it whole; the adapter is saved, but no loader can find its base: save the base, and "
+    f"put its folder under base_model_name_or_path of {ADAPTER}"
+)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -74,7 +84,8 @@ def language_model(model: Any) -> Any:
     return model.get_base_model() if is_peft(model) else model
 
 
-def _peft() -> Any:
+def import_peft() -> Any:
+    """The module peft, or a `ConfigError` that says how to get it."""
     try:
         import peft
     except ImportError as error:
@@ -91,11 +102,11 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> Any:
     Raises:
         ConfigError: peft is missing, or refuses: `model` has none of the target modules, say.
     """
-    fields = config.model_dump()
+    fields, peft = config.model_dump(), import_peft()
     try:
-        return _peft().get_peft_model(
+        return peft.get_peft_model(
             model,
-            _peft().LoraConfig(
+            peft.LoraConfig(
                 r=fields["r"],
                 lora_alpha=fields["alpha"],
                 lora_dropout=fields["dropout"],
@@ -129,8 +140,13 @@ def load_adapter(
         ConfigError: peft is missing.
         ValueError: The base is not known, cannot be loaded, or is not the adapter's.
     """
-    peft = _peft()
-    config = peft.PeftConfig.from_pretrained(folder)
+    peft = import_peft()
+    read_fields(folder)
+    check_weights(folder)
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"peft cannot read {Path(folder) / ADAPTER}: {error!r}") from error
     base, revision = config.base_model_name_or_path, config.revision
     whole = getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none"
     if whole and dtype != "auto":
@@ -148,6 +164,7 @@ def load_adapter(
             f"the base model {base!r} of the adapter in {str(folder)!r} cannot be loaded "
             f"({error}); {remedy}"
         ) from error
+    left = layer_left_out(model, config)
     # As PeftModel.from_pretrained, which only warns of what is missing, and not of what is left.
     config.inference_mode = False
     renamed = getattr(model, "_checkpoint_conversion_mapping", {})
@@ -156,39 +173,17 @@ def load_adapter(
         found = model.load_adapter(folder, "default", is_trainable=True, key_mapping=renamed)
         differ = [f"{key} is not in its file" for key in found.missing_keys]
         differ += [f"there is no place for {key}" for key in found.unexpected_keys]
+        differ += [f"it is of all linear layers, but not of {left}"] if left else []
     except (KeyError, RuntimeError) as error:  # a whole module is missing, or of another shape
         differ = [str(error)]
+    except SafetensorError as error:
+        raise ValueError(f"the weights of the adapter in {str(folder)!r}: {error}") from error
     if differ:
         raise ValueError(
             f"the adapter in {str(folder)!r} does not fit its base model {base!r}: {differ[0]}; "
-            f"name the base that it was trained over under base_model_name_or_path of {ADAPTER}"
+            f"{remedy}"
         )
     return model
-
-
-def check_peft_model(model: Any) -> None:
-    """Raises `ValueError` unless the `PeftModel` can be trained, sent and saved here."""
-    check_adapters(model)
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise ValueError(
-            f"{len(active)} adapters are active ({', '.join(active)}), and one is trained and "
-            "saved; choose it with set_adapter, or merge the others first"
-        )
-    check_layers(model.get_base_model())
-    start = str(model.peft_config[active[0]].init_lora_weights)
-    if start.startswith(_CHANGE_BASE):
-        raise ValueError(
-            f"init_lora_weights = {start!r} changes the weights below the adapter, so what is "
-            "saved and sent would be another model over the base on disk; start from plain "
-            "init_lora_weights=True, or convert it first (peft's save_pretrained with "
-            "path_initial_model_for_weight_conversion)"
-        )
-    if any(layer.merged for layer in lora_layers(model)):
-        raise ValueError(
-            "the adapter is merged into the weights, so it would not be trained; call "
-            "unmerge_adapter first"
-        )
 
 
 def own_copy(module: _Module) -> _Module:
@@ -274,7 +269,11 @@ def save_model(model: Any, folder: str | Path, *, embeddings: bool | None = None
         model.save_pretrained(folder)
         return
     (name,) = model.active_adapters
+    make_base_absolute(model)
     if embeddings is None:
+        named = model.peft_config[name].base_model_name_or_path
+        if not (named or model.get_base_model().name_or_path):
+            warnings.warn(_NO_NAME, stacklevel=3)
         embeddings = _embeddings_differ(model)
     model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=embeddings)
     if name != "default":  # peft puts it one folder deeper, where none of its loaders looks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_fast._adapters import is_peft
+from rlhf_fast._adapter_files import ADAPTER, make_base_absolute, read_fields
+from rlhf_fast._adapters import check_peft_model, is_peft
 from rlhf_fast.config import ConfigError
 from rlhf_fast.data import check_tokenizer
 from rlhf_fast.lora import (
-    ADAPTER,
     LoraConfig,
     add_adapter,
-    check_peft_model,
     has_adapters,
+    import_peft,
     language_model,
     load_adapter,
 )
@@ -54,6 +53,8 @@ def load_causal_lm(
         TypeError, ValueError: It cannot be trained and saved here; ConfigError if that is for
             `lora`, or for want of peft.
     """
+    if lora is not None:
+        import_peft()  # what is missing is said before anything is loaded
     if isinstance(model, str | Path):
         if (Path(model) / "reward_model.json").exists():
             raise ValueError(
@@ -67,13 +68,17 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     _check_kind(model)
     if lora is None:
+        if is_peft(model):
+            make_base_absolute(model)
         return model
     if is_peft(model):
         raise ConfigError(
             "lora asks for an adapter, but the model has one already, which would be trained; "
             "leave lora out, or merge that one into its base first (rlhf-fast merge)"
         )
-    return add_adapter(model, lora)
+    model = add_adapter(model, lora)
+    make_base_absolute(model)
+    return model
 
 
 def _check_kind(model: Any) -> None:
@@ -113,8 +118,7 @@ def load_tokenizer(tokenizer: Any, model: Any = None, pad_token: str | None = No
             _check_kind(model)
             model = language_model(model).config.name_or_path
         elif (Path(model) / ADAPTER).exists() and not (Path(model) / TOKENIZER).exists():
-            folder, described = model, json.loads((Path(model) / ADAPTER).read_text())
-            model = described.get("base_model_name_or_path")
+            folder, model = model, read_fields(model).get("base_model_name_or_path")
             if not model:
                 raise ValueError(
                     f"the adapter in {str(folder)!r} does not name its base model, so its "

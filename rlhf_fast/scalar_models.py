@@ -14,15 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from rlhf_fast._adapter_files import ADAPTER, name_weights
 from rlhf_fast._adapters import is_peft
 from rlhf_fast.data import check_tokenizer, encode_completion, encode_prompt, pad
-from rlhf_fast.lora import (
-    ADAPTER,
-    language_model,
-    load_adapter,
-    own_copy,
-    save_model,
-)
+from rlhf_fast.lora import language_model, load_adapter, own_copy, save_model
 from rlhf_fast.models import (
     check_vocabulary,
     context_length,
@@ -197,4 +192,5 @@ class RewardModel(ScalarModel):
         if self._peft:
             self.model = self.peft.merge_and_unload().base_model
             self._peft = ()
+            name_weights(self.model)
         return self

@@ -20,6 +20,7 @@ LAYERS = (
         "loading",
         "_rows",
         "_reward_modules",
+        "_adapter_files",
         "_adapters",
         "lora",
         "models",

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from accelerate.utils import SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlhf_fast._adapters import lora_layers
+from rlhf_fast._adapters import adapter_parameters, lora_layers
 from rlhf_fast.config import ConfigError
 from rlhf_fast.lora import has_adapters
 from rlhf_fast.trainers.run import Run
@@ -73,20 +73,54 @@ def _load_trained(models: list[nn.Module], folder: str) -> None:
 
 
 def _sums(module: nn.Module) -> dict[str, float]:
-    """Of the frozen weights of `module`: computed once, since they stay."""
+    """Of the frozen weights in force in `module`: computed once, since they stay."""
     if module not in _known_sums:
-        # In slices: a sum in fp64 may copy what it sums.
-        slices = [
-            piece
-            for p in module.parameters()
-            if not p.requires_grad
-            for piece in p.detach().flatten().split(SLICE)
-        ]
+        idle = (layer for layer in lora_layers(module) if layer.disable_adapters)
+        unused = {id(p) for layer in idle for p in adapter_parameters(layer)}
+        frozen = [p for p in module.parameters() if not p.requires_grad and id(p) not in unused]
+        sums, sizes = [], []
+        for p in frozen:
+            # In slices: a sum in fp64 may copy what it sums.
+            slices = p.detach().flatten().split(SLICE)
+            sums.append(math.fsum(float(x.sum(dtype=torch.float64)) for x in slices))
+            sizes.append(math.fsum(float(x.norm(p=1, dtype=torch.float64)) for x in slices))
         _known_sums[module] = {
-            "sum": math.fsum(float(x.sum(dtype=torch.float64)) for x in slices),
-            "magnitude": math.fsum(float(x.norm(p=1, dtype=torch.float64)) for x in slices),
+            "sum": math.fsum(sums),
+            "magnitude": math.fsum(sizes),
+            # Sees layers that changed places.
+            "ordered": math.fsum(x * (i + 1) / len(sums) for i, x in enumerate(sums)),
         }
     return _known_sums[module]
+
+
+def describe_reference(reference: nn.Module) -> dict[str, float]:
+    """What a checkpoint keeps of the reference: its frozen adapters are part of it."""
+    layers = [layer for layer in lora_layers(reference) if not layer.disable_adapters]
+    return {**_sums(reference), "scales": _scales(layers)}
+
+
+def check_reference(before: dict[str, float] | None, reference: nn.Module) -> None:
+    """Raises `ConfigError` unless `reference` is that of the run, as far as that is known."""
+    now = describe_reference(reference)
+    if before is not None and not (_same_sums(before, now) and _same_scales(before, now)):
+        raise ConfigError(
+            "the reference is not that of the run, so the KL would be another; pass the ref that "
+            "the run was begun with, and where there was none the policy, as it was then"
+        )
+
+
+def _scales(layers: Iterable[Any]) -> float:
+    return math.fsum(s for layer in layers for s in layer.scaling.values())
+
+
+def _same_sums(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    tolerance = 1e-11 * before["magnitude"]  # another device rounds otherwise
+    sums = (name for name in ("sum", "magnitude", "ordered") if name in before)
+    return all(abs(before[name] - now[name]) <= tolerance for name in sums)
+
+
+def _same_scales(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    return math.isclose(before["scales"], now["scales"], rel_tol=1e-9)
 
 
 def _below(module: nn.Module) -> dict[str, Any]:
@@ -95,7 +129,7 @@ def _below(module: nn.Module) -> dict[str, Any]:
     rates = (getattr(x, "p", 0.0) for layer in layers for x in layer.lora_dropout.values())
     return {
         **_sums(module),
-        "scales": math.fsum(s for layer in layers for s in layer.scaling.values()),
+        "scales": _scales(layers),
         "r": sorted({r for layer in layers for r in layer.r.values()}),
         "alpha": sorted({a for layer in layers for a in layer.lora_alpha.values()}),
         "dropout": sorted(set(rates)),  # in force: only SFT has any
@@ -103,14 +137,13 @@ def _below(module: nn.Module) -> dict[str, Any]:
 
 
 def _check_below(before: dict[str, Any], now: dict[str, Any]) -> None:
-    tolerance = 1e-11 * before["magnitude"]  # another device rounds otherwise
-    if any(abs(before[name] - now[name]) > tolerance for name in ("sum", "magnitude")):
+    if not _same_sums(before, now):
         raise ValueError("the frozen weights below the adapter are not those of the run")
     for name in ("r", "alpha", "dropout"):
         if name in before and before[name] != now[name]:
             was, has = (", ".join(map(str, x[name])) for x in (before, now))
             raise ValueError(f"the adapter had {name} = {was} in the run, and now has {has}")
-    if not math.isclose(before["scales"], now["scales"], rel_tol=1e-9):
+    if not _same_scales(before, now):
         raise ValueError("the adapter is scaled otherwise (alpha, use_rslora) than in the run")
 
 

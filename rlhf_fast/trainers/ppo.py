@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast import rewards
+from rlhf_fast._adapter_files import name_weights
+from rlhf_fast._adapters import takes_adapter_off_on_error
 from rlhf_fast.actor_critic import choose_critic
 from rlhf_fast.config import ConfigError, PPOConfig, checked
 from rlhf_fast.data import Rollout, batch_indices
@@ -63,6 +65,7 @@ class PPOTrainer:
             training. `train` and `score` raise `RewardError` for a reward function that fails.
     """
 
+    @takes_adapter_off_on_error
     def __init__(
         self,
         policy: str | Path | PreTrainedModel,
@@ -132,16 +135,15 @@ class PPOTrainer:
             state = checkpoint.restore(self.run)
             self.kl_coef = state["kl_coef"]
             check_correction(state.get("correction"), rollout.correction_fields())
-            if self.run.step > config.iterations:
+            checkpoint.check_reference(state.get("reference"), self.ref)
+            if (done := self.run.step) > (most := config.iterations):
                 raise ConfigError(
-                    f"the run has done {self.run.step} iterations, more than iterations = "
-                    f"{config.iterations}; raise it"
+                    f"the run has done {done} iterations, more than iterations = {most}; raise it"
                 )
         # Last: the engine starts with the weights that were restored.
-        policy = actor_critic.policy
-        self.rollouts = Rollouts(
-            self.run, self.model, policy, self.tokenizer, config, rollout, engine
-        )
+        given = (self.tokenizer, config, rollout, engine)
+        self.rollouts = Rollouts(self.run, self.model, actor_critic.policy, *given)
+        name_weights(self.model)
 
     @property
     def _minibatches(self) -> int:
@@ -169,13 +171,13 @@ class PPOTrainer:
             run.log({**metrics, **extra, **times})
             run.keep_samples(self._describe_samples(rollout, rows, scores))
             if config.save_every and run.step % config.save_every == 0:
-                state = {
-                    "kl_coef": self.kl_coef,
-                    "correction": self.rollouts.config.correction_fields(),
-                }
+                correction = self.rollouts.config.correction_fields()
+                reference = checkpoint.describe_reference(self.ref)
+                state = {"kl_coef": self.kl_coef, "correction": correction, "reference": reference}
                 checkpoint.save(run, state, self.save)
         if run.folder is not None and run.accelerator.is_main_process:
             self.save(run.open_folder() / "model")
+            name_weights(self.model, run.open_folder() / "model")
         run.finish()
         return self
 

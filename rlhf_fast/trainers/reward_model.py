@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_fast._adapter_files import name_weights
+from rlhf_fast._adapters import check_peft_model
 from rlhf_fast.config import RewardConfig, checked
 from rlhf_fast.data import check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Preference, load_examples, load_preferences
-from rlhf_fast.lora import LoraConfig, check_peft_model
+from rlhf_fast.lora import LoraConfig
 from rlhf_fast.models import (
     context_length,
     disable_dropout,
@@ -94,6 +96,7 @@ class RewardTrainer:
         self.run.accelerator.register_for_checkpointing(self._schedule)
         if resume:
             checkpoint.restore(self.run)
+        name_weights(self.model)
 
     def _encode(self, data: Any, bad_rows: str) -> list[Pair]:
         limit = context_length(self.model.model, self.config.max_length)
@@ -151,6 +154,7 @@ class RewardTrainer:
             run.log({"eval_accuracy": accuracy, "eval_accuracy_interval": interval})
         if run.folder is not None and run.accelerator.is_main_process:
             self.model.save_pretrained(run.open_folder() / "model")
+            name_weights(self.model, run.open_folder() / "model")
         run.finish()
         return self
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_fast._adapter_files import name_weights
+from rlhf_fast._adapters import takes_adapter_off_on_error
 from rlhf_fast.config import SFTConfig, checked
 from rlhf_fast.data import TokenBatch, check_length, encode_completion, encode_prompt, pad
 from rlhf_fast.loading import Example, load_examples
@@ -53,6 +55,7 @@ class SFTTrainer:
         DataError, ConfigError, ValueError: Bad data, configuration or tokenizer, before training.
     """
 
+    @takes_adapter_off_on_error
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
@@ -85,6 +88,7 @@ class SFTTrainer:
         self.run.accelerator.register_for_checkpointing(self._schedule)
         if resume:
             checkpoint.restore(self.run)
+        name_weights(self.model)
 
     def _encode(self, data: Any, bad_rows: str) -> list[Row]:
         limit = context_length(self.model, self.config.max_length)
@@ -134,6 +138,7 @@ class SFTTrainer:
             run.log({"eval_loss": self._evaluate(self._eval_rows)})
         if run.folder is not None and run.accelerator.is_main_process:
             self.save(run.open_folder() / "model")
+            name_weights(self.model, run.open_folder() / "model")
         run.finish()
         return self
 
