@@ -39,7 +39,8 @@ demo: $(READY)  ## SFT, a reward model and PPO on embedded data, in minutes on a
 SIDE_BY_SIDE := -n auto --maxprocesses 4
 
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not processes"
+	$(BIN)/python -m pytest -m "not slow and processes"
 
 test-slow: $(READY)  ## the slow tests: longer learning runs, real data
 	$(BIN)/python -m pytest -m slow

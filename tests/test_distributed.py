@@ -87,6 +87,7 @@ def work(rank, world, port, stage, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "reinforce++", "dr_grpo", "gspo"])
 def test_two_processes_learn_what_one_does(stage, tmp_path):
     with socket.socket() as free:

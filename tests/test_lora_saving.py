@@ -243,6 +243,7 @@ def work(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_processes_learn_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -140,6 +140,7 @@ def _whiten_a_share(rank, store, x, mask, results):
         dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_processes_whiten_an_uneven_split_as_one_process_does_the_whole():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 5, dtype=torch.float64, generator=generator) + 2

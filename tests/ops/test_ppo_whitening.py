@@ -123,6 +123,7 @@ def _whiten_a_share(rank, store, backend, inputs, results):
         dist.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "case", [c for c in cases(OP) if c.values[0].backend in ("reference", "cpp")]
 )

@@ -250,6 +250,7 @@ def work(rank, world, port, folder):
     torch.save((trainer.run.history, worst, float(weight)), folder / f"{rank}.pt")
 
 
+@pytest.mark.processes
 @pytest.mark.vllm
 def test_two_processes_train_with_an_engine_each(tmp_path):
     with socket.socket() as free:

@@ -124,6 +124,7 @@ def check(rank, world, port, tied):
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("world", [1, 2])
 def test_shards_are_gathered(world, tied):
