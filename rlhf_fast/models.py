@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from rlhf_fast.lora import (
 )
 
 TOKENIZER = "tokenizer_config.json"
+SLICE = 1 << 24
 
 
 def load_causal_lm(
@@ -239,3 +241,12 @@ def hidden_size(model: PreTrainedModel) -> int:
     """`D`, the width of the model's hidden states; seen on a token, since configs differ."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     return hidden_states(model, token, token == 0).shape[-1]
+
+
+def sum_fp64(x: Tensor, *, absolute: bool = False) -> float:
+    """The fp64 sum over `x`, or over its absolute values, without a copy of all of it.
+
+    torch may cast to fp64 all that it sums at once; slices bound that.
+    """
+    slices = (part.abs() if absolute else part for part in x.flatten().split(SLICE))
+    return math.fsum(float(part.sum(dtype=torch.float64)) for part in slices)

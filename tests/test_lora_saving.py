@@ -32,6 +32,7 @@ from rlhf_fast import (
     SFTTrainer,
     api,
     cli,
+    models,
 )
 from rlhf_fast.config import ConfigError
 from rlhf_fast.data import Rollout
@@ -149,14 +150,15 @@ def test_a_checkpoint_over_another_base_or_scale_is_refused(base_folder, tmp_pat
 def test_frozen_weights_are_summed_in_slices_and_once(base, monkeypatch):
     model = adapt(base)
     expected = sum(p.double().sum() for p in model.parameters() if not p.requires_grad)
-    monkeypatch.setattr(checkpoint, "SLICE", 100)
+    monkeypatch.setattr(models, "SLICE", 100)
     summed, split = [], torch.Tensor.split
     monkeypatch.setattr(
         torch.Tensor, "split", lambda x, size: summed.append(size) or split(x, size)
     )
     for _ in range(2):
         assert checkpoint._below(model)["sum"] == pytest.approx(float(expected), rel=1e-12)
-    assert summed == [100] * sum(not p.requires_grad for p in model.parameters())
+    # The sum and that of the absolute values, both at the first call alone.
+    assert summed == [100] * 2 * sum(not p.requires_grad for p in model.parameters())
 
 
 def test_merging_overwrites_nothing(base_folder, tmp_path):

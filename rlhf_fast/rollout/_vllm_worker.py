@@ -7,11 +7,10 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-_PIECE = 1 << 24
+from rlhf_fast.models import sum_fp64
 
 
 class WeightReceiver:
@@ -44,12 +43,7 @@ class WeightReceiver:
         parameters = list(self.model_runner.model.parameters())  # type: ignore[attr-defined]
         if any(parameter.numel() == 0 for parameter in parameters):
             return None
-        return math.fsum(total(x.detach()) for x in parameters)
-
-
-def total(x: Tensor) -> float:
-    """The fp64 sum over `x`, piece by piece: torch would make an fp64 copy of all of it first."""
-    return math.fsum(float(piece.sum(dtype=torch.float64)) for piece in x.flatten().split(_PIECE))
+        return math.fsum(sum_fp64(x.detach()) for x in parameters)
 
 
 def _up_to_an_error(items: Iterable[Any], errors: list[Exception]) -> Iterator[Any]:

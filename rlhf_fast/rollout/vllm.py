@@ -18,11 +18,10 @@ from transformers import PretrainedConfig
 
 from rlhf_fast.backends import BackendUnavailable
 from rlhf_fast.data import Rollout, check_tokenizer
-from rlhf_fast.models import check_vocabulary, context_length, vocabulary_size
+from rlhf_fast.models import check_vocabulary, context_length, sum_fp64, vocabulary_size
 from rlhf_fast.rollout import _vllm
 from rlhf_fast.rollout._modules import find_causal_lm
 from rlhf_fast.rollout._vllm_fit import UNBOUNDED, kv_cache_bytes, why_not
-from rlhf_fast.rollout._vllm_worker import total
 from rlhf_fast.rollout.config import RolloutConfig
 from rlhf_fast.rollout.engine import Progress, Sampling, SyncReport, requests, stop_ids
 from rlhf_fast.rollout.probe import RolloutMismatch
@@ -308,6 +307,6 @@ class _Counted:
             self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
             if self._dtype is not None:
                 cast = tensor.to(self._dtype)
-                self.sum += total(cast)
-                self.magnitude += total(cast.abs())
+                self.sum += sum_fp64(cast)
+                self.magnitude += sum_fp64(cast, absolute=True)
             yield name, tensor

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from accelerate.utils import SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from rlhf_fast._adapters import adapter_parameters, lora_layers
 from rlhf_fast.config import ConfigError
 from rlhf_fast.lora import has_adapters
+from rlhf_fast.models import sum_fp64
 from rlhf_fast.trainers.run import Run
 
 BELOW = "below_adapters.json"
-SLICE = 2**24  # elements that are summed at once
 _known_sums: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 # A tied head is one tensor under two names; accelerate warns at each save that it keeps one.
@@ -78,15 +77,10 @@ def _sums(module: nn.Module) -> dict[str, float]:
         idle = (layer for layer in lora_layers(module) if layer.disable_adapters)
         unused = {id(p) for layer in idle for p in adapter_parameters(layer)}
         frozen = [p for p in module.parameters() if not p.requires_grad and id(p) not in unused]
-        sums, sizes = [], []
-        for p in frozen:
-            # In slices: a sum in fp64 may copy what it sums.
-            slices = p.detach().flatten().split(SLICE)
-            sums.append(math.fsum(float(x.sum(dtype=torch.float64)) for x in slices))
-            sizes.append(math.fsum(float(x.norm(p=1, dtype=torch.float64)) for x in slices))
+        sums = [sum_fp64(p.detach()) for p in frozen]
         _known_sums[module] = {
             "sum": math.fsum(sums),
-            "magnitude": math.fsum(sizes),
+            "magnitude": math.fsum(sum_fp64(p.detach(), absolute=True) for p in frozen),
             # Sees layers that changed places.
             "ordered": math.fsum(x * (i + 1) / len(sums) for i, x in enumerate(sums)),
         }
