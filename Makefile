@@ -17,7 +17,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; 
 		2>/dev/null && { echo "$$python"; exit 0; }; done; \
 	echo "no Python from 3.11 to 3.$(NEWEST) runs here; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
 
-.PHONY: help demo test test-slow test-emulated test-emulated-full test-gpu test-vllm test-peers rivals bench bench-vllm bench-gpu lint ci install-check clean
+.PHONY: help demo test test-slow test-emulated test-gpu test-vllm test-peers rivals bench bench-vllm bench-gpu lint ci install-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -47,20 +47,13 @@ test-slow: $(READY)  ## the slow tests: longer learning runs, real data
 
 # As TRITON_INTERPRET=1 is for Triton: csrc's CUDA kernels, compiled for the CPU.
 EMULATOR := build/emulator
-EMULATED := RLHF_FAST_STRICT_SKIPS=1 RLHF_FAST_EMULATED_CUDA=$(EMULATOR) \
-	$(BIN)/python -m pytest tests/ops tests/emulator tests/test_learning.py
-.PHONY: emulator
-emulator: $(READY)
+test-emulated: $(READY)  ## the CUDA kernels in their emulator, on a CPU
 	$(BIN)/cmake -S tests/emulator -B $(EMULATOR) -G Ninja \
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build $(EMULATOR)
-
-test-emulated: emulator  ## the CUDA kernels in their emulator, on a CPU
-	$(EMULATED) -m "emulated and not slow" $(SIDE_BY_SIDE)
-
-test-emulated-full: emulator  ## the same with the long and adversarial tests of the ops
-	$(EMULATED) -m emulated $(SIDE_BY_SIDE)
+	RLHF_FAST_STRICT_SKIPS=1 RLHF_FAST_EMULATED_CUDA=$(EMULATOR) $(BIN)/python -m pytest \
+		tests/ops tests/emulator tests/test_learning.py -m emulated $(SIDE_BY_SIDE)
 
 # In processes side by side where pytest-xdist is there: most of the time compiles Triton's kernels.
 test-gpu:  ## the GPU tests, with the current Python and without the network

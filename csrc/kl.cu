@@ -21,28 +21,27 @@ struct Forward {
   int parts;  // blocks that share a row
 };
 
-// The state of the columns of a range that this warp takes.
-template <bool kPlain, typename T>
+// The state of the columns of a range that this warp takes: by their number, as in
+// token_logprobs.cu, and not by where they lie.
+template <bool kPlain, bool kAligned, typename T>
 RLHF_DEVICE KlState scan(const T* logits, const T* ref_logits, int columns,
                          const Scaling& scaling, float unit) {
-  constexpr int kLanes = 16 / sizeof(T), kPacks = 2, kTile = kPacks * kWarp, kEnds = 4;
+  constexpr int kLanes = 16 / sizeof(T), kPacks = 2, kTile = kPacks * kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Span span(logits, columns, kLanes);
-  // Where only one side lies at a boundary, all elements are taken like those at the ends.
-  if (!is_aligned(ref_logits + span.head)) span = {columns, 0, columns, kLanes};
+  const int packs = columns / kLanes;
   WarpKl sums;
 
   // The next tile's loads are in flight while this one is worked on.
   Pack<T, kLanes> next[kPacks] = {}, ref_next[kPacks] = {};
-  int left = span.packs - warp * kTile;  // packs from this warp's tile on
-  const int start = span.head + (warp * kTile + lane) * kLanes;
+  int left = packs - warp * kTile;  // packs from this warp's tile on
+  const int start = (warp * kTile + lane) * kLanes;
   const T *from = logits + start, *ref_from = ref_logits + start;
   auto fetch = [&] {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       if (k * kWarp + lane >= left) continue;
-      next[k].load(from + k * kWarp * kLanes, true);
-      ref_next[k].load(ref_from + k * kWarp * kLanes, true);
+      next[k].load(from + k * kWarp * kLanes, kAligned);
+      ref_next[k].load(ref_from + k * kWarp * kLanes, kAligned);
     }
   };
   fetch();
@@ -66,14 +65,11 @@ RLHF_DEVICE KlState scan(const T* logits, const T* ref_logits, int columns,
     }
     sums.add(y, ref_y, unit, lane);
   }
-  for (int first = warp * kEnds * kWarp; first < span.ends; first += kEnds * kThreads) {
-    float y[kEnds], ref_y[kEnds];
-#pragma unroll
-    for (int k = 0; k < kEnds; ++k) {
-      const int i = first + k * kWarp + lane, at = span.end(i);
-      y[k] = i < span.ends ? scaled<kPlain>(scaling, widen(logits[at])) : -kInf;
-      ref_y[k] = i < span.ends ? scaled<kPlain>(scaling, widen(ref_logits[at])) : -kInf;
-    }
+  if (warp == 0) {
+    const int last = packs * kLanes + lane;
+    const bool has = last < columns;
+    float y[] = {has ? scaled<kPlain>(scaling, widen(logits[last])) : -kInf};
+    float ref_y[] = {has ? scaled<kPlain>(scaling, widen(ref_logits[last])) : -kInf};
     sums.add(y, ref_y, unit, lane);
   }
   return sums.state();
@@ -85,9 +81,12 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Forward<T> a
   const uint32_t row = blockIdx.x / a.parts, part = blockIdx.x % a.parts;
   const float temperature = o.temperature_of(row);
   const Range range(o.columns, a.parts, part);
+  const float unit = kLog2E / temperature;
+  const T *from = a.logits.at(row) + range.begin, *ref_from = a.ref_logits.at(row) + range.begin;
   const KlState of_warp =
-      scan<kPlain>(a.logits.at(row) + range.begin, a.ref_logits.at(row) + range.begin, range.size,
-                   o.scaling, kLog2E / temperature);
+      is_aligned(from) && is_aligned(ref_from)
+          ? scan<kPlain, true>(from, ref_from, range.size, o.scaling, unit)
+          : scan<kPlain, false>(from, ref_from, range.size, o.scaling, unit);
   auto merge_at = [=](const KlState& x, const KlState& y) { return merge(x, y, temperature); };
   KlState state = combine(of_warp, a.parts, KlState{-kInf, 0, -kInf, 0, 0}, merge_at);
   if (part != 0 || threadIdx.x != 0) return;

@@ -135,12 +135,13 @@ RLHF_DEVICE State combine(const State& of_warp, int parts, State nothing, Merge 
   return state;
 }
 
-// The columns of block `part` of the `parts` that share a row.
+// The columns of block `part` of the `parts` that share a row; whole packs of any dtype, so that
+// all ranges are aligned if the row is.
 struct Range {
   int begin, size;
 
   RLHF_DEVICE Range(int columns, int parts, int part) {
-    const int most = (columns + parts - 1) / parts;
+    const int most = ((columns + parts - 1) / parts + 7) / 8 * 8;
     begin = min(part * most, columns);
     size = min(most, columns - begin);
   }

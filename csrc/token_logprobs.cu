@@ -42,12 +42,13 @@ struct Forward {
   }
 };
 
-// The state of the columns of a range that this warp takes.
-template <bool kPlain, typename T>
+// The state of the columns of a range that this warp takes. Which ones depends on their number
+// alone, not on where they lie: a row's bits are the same in every tensor.
+template <bool kPlain, bool kAligned, typename T>
 RLHF_DEVICE RowSums scan(const T* logits, int columns, const Scaling& scaling, float unit) {
   constexpr int kLanes = 16 / sizeof(T), kPacks = 4, kTile = kPacks * kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Span span(logits, columns, kLanes);
+  const int packs = columns / kLanes;
   WarpSums sums;
   auto add = [&](const auto& y) {
     constexpr int kCount = sizeof(y) / sizeof(float);
@@ -65,12 +66,12 @@ RLHF_DEVICE RowSums scan(const T* logits, int columns, const Scaling& scaling, f
 
   // The next tile's loads are in flight while this one is worked on.
   Pack<T, kLanes> next[kPacks] = {};
-  int left = span.packs - warp * kTile;  // packs from this warp's tile on
-  const T* from = logits + span.head + (warp * kTile + lane) * kLanes;
+  int left = packs - warp * kTile;  // packs from this warp's tile on
+  const T* from = logits + (warp * kTile + lane) * kLanes;
   auto fetch = [&] {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
-      if (k * kWarp + lane < left) next[k].load(from + k * kWarp * kLanes, true);
+      if (k * kWarp + lane < left) next[k].load(from + k * kWarp * kLanes, kAligned);
   };
   fetch();
   while (left > 0) {
@@ -90,7 +91,8 @@ RLHF_DEVICE RowSums scan(const T* logits, int columns, const Scaling& scaling, f
     add(y);
   }
   if (warp == 0) {
-    float y[] = {lane < span.ends ? scaled<kPlain>(scaling, widen(logits[span.end(lane)])) : -kInf};
+    const int last = packs * kLanes + lane;
+    float y[] = {last < columns ? scaled<kPlain>(scaling, widen(logits[last])) : -kInf};
     add(y);
   }
   return {sums.top, warp_sum(sums.others), warp_sum(sums.weighted) * kLn2};
@@ -107,9 +109,10 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Forward<T> a
   }
   const float temperature = o.temperature_of(row);
   const Range range(o.columns, a.parts, part);
-  const T* logits = a.logits.at(row);
-  const RowSums of_warp =
-      scan<kPlain>(logits + range.begin, range.size, o.scaling, kLog2E / temperature);
+  const T* from = a.logits.at(row) + range.begin;
+  const float unit = kLog2E / temperature;
+  const RowSums of_warp = is_aligned(from) ? scan<kPlain, true>(from, range.size, o.scaling, unit)
+                                           : scan<kPlain, false>(from, range.size, o.scaling, unit);
   auto merge_at = [=](RowSums x, RowSums y) { return merge(x, y, temperature); };
   RowSums state = combine(of_warp, a.parts, RowSums{-kInf, 0, 0}, merge_at);
   if (!first) return;
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Forward<T> a
     state = merge({carry[0], carry[o.rows], carry[2 * o.rows]}, state, temperature);
     target = carry[3 * o.rows];
   }
-  if (column >= 0) target = widen(logits[column]);
+  if (column >= 0) target = widen(a.logits.at(row)[column]);
   const float normalizer = log1pf(state.others);
   const bool defined = target == target && fabsf(state.top) < kInf;
   const float gap = (scaled<kPlain>(o.scaling, target) - state.top) / temperature;

@@ -12,9 +12,6 @@ CANNOT_APPLY = {
     r"compiles_|one_graph": "torch.compile would trace the emulator's own wrapper of the launcher",
     r"real_vocabularies\[.*shape0|2_to_the_31": "70,000 blocks or 2^31 elements take many minutes",
 }
-FULL_SET = {
-    r"test_adversarial_|gae_long|long_and_many": "long: `make test-emulated-full`",
-}
 WITHOUT_NOISE = {
     # At log-ratios of 1 nat the sum of p (u - 1) + q amplifies an error of ex2 four times.
     r"test_adversarial_": "their budgets count one rounding an exp, and 2 ulp are four",
@@ -27,15 +24,10 @@ def _among(patterns: dict[str, str], item: pytest.Item) -> bool:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out or marks as slow what the tables above name."""
-    left_out = []
-    for item in items:
-        if item.get_closest_marker("emulated") is None:
-            continue
-        if _among(CANNOT_APPLY, item):
-            left_out.append(item)
-        if _among(FULL_SET, item):
-            item.add_marker(pytest.mark.slow)
+    """Leaves out what the first table above names."""
+    left_out = [
+        item for item in items if item.get_closest_marker("emulated") and _among(CANNOT_APPLY, item)
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

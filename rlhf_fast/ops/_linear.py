@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_fast.compiled._rows import LIBRARY
 from rlhf_fast.ops._memory import fresh_like
-from rlhf_fast.ops._plan import Tiles
+from rlhf_fast.ops._plan import Tiles, row_stride
 from rlhf_fast.ops._products import product
 
 NO_TOKEN, NO_INDEX = -1, -2  # ids that match no column, and no token
@@ -129,9 +129,10 @@ def scratch_tile(
 
 
 def as_tile(scratch: Tensor, height: int, columns: slice) -> Tensor:
-    """The beginning of `scratch` as a tile."""
+    """The beginning of `scratch` as a tile `[height, width]`, whose rows lie a stride apart."""
     width = columns.stop - columns.start
-    return scratch[: height * width].view(height, width)
+    stride = row_stride(width)
+    return scratch[: height * stride].view(height, stride)[:, :width]
 
 
 class HeadGradients:

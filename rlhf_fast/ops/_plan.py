@@ -25,6 +25,9 @@ from rlhf_fast.ops._checks import require, stats_dtype
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 TILE_ROWS = {"cpu": 2048, "cuda": 8192}
 COLUMN_MULTIPLE = 128
+# Rows of a tile lie a multiple of so many elements apart: of 16 bytes in any dtype, as vector loads
+# and the fast kernels of matrix products ask. A vocabulary may be odd (one padding token more).
+STRIDE_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,16 @@ class Tiles:
 
         Kept or not, a tile begins at the same alignment, on which a kernel's order may depend.
         """
-        return -(-self.row_step * self.column_step // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        return _round_up(self.row_step * row_stride(self.column_step), COLUMN_MULTIPLE)
+
+
+def row_stride(width: int) -> int:
+    """Elements from one row of a tile with `width` columns to the next."""
+    return _round_up(width, STRIDE_MULTIPLE)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _slices(size: int, step: int) -> list[slice]:
@@ -74,7 +86,7 @@ def _even_step(size: int, most: int, multiple: int) -> int:
     """A step that cuts `size` in as few parts as `most` allows, near equal, of whole multiples."""
     parts = max(1, -(-size // most))
     step = -(-size // parts)
-    return max(1, min(-(-step // multiple) * multiple, max(size, 1)))
+    return max(1, min(_round_up(step, multiple), max(size, 1)))
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ def make_plan(
     """
     tiles = make_tiles(rows, columns, device.type)
     size = torch.finfo(dtype).bits // 8
-    scratch = sides * tiles.row_step * tiles.column_step * size
+    scratch = sides * tiles.slot * size
     if not any(needs):
         return LinearPlan("forward", tiles, 0, scratch, float(sides))
     if memory_budget is None:

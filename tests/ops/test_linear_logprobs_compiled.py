@@ -11,7 +11,7 @@ from backend_cases import calls, cases
 from linear_logprobs_cases import problem
 from torch import Tensor
 
-from rlhf_fast.ops import _logprob_tiles
+from rlhf_fast.ops import _logprob_tiles, _plan
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 
 
@@ -62,12 +62,15 @@ def test_compiles_as_one_graph(case, memory_budget: int | None) -> None:
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("kept_tiles", [0, 2])  # full ones: nothing of the buffer is unwritten
+@pytest.mark.parametrize(
+    "kept_tiles", [0, 2]
+)  # full ones without gaps: all of the buffer is written
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("needs", [(True, False, True), (True, False, False), (False, True, False)])
 def test_registered_ops_pass_opcheck(
-    kept_tiles: int, dtype: torch.dtype, needs: tuple[bool, ...]
+    kept_tiles: int, dtype: torch.dtype, needs: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_plan, "STRIDE_MULTIPLE", 1)
     *inputs, tokens = problem(dtype=dtype)
     hidden, weight, bias = (x.detach() for x in inputs)
     options = (None, 0.7, 0.0, 1.0, -100, dtype, kept_tiles)

@@ -69,6 +69,7 @@ def test_kept_tiles_begin_where_a_cache_line_does_and_do_not_overlap():
         for columns in tiles.column_slices():
             tile = kept_tile(kept, tiles, 6, rows, columns)
             assert tile is not None and tile.storage_offset() % 128 == 0
+            assert tile.stride() == (16, 1)  # no row begins within a vector
             assert tile.shape == (rows.stop - rows.start, columns.stop - columns.start)
             tile += 1.0
     assert kept.max() == 1.0 and kept.sum() == 50
