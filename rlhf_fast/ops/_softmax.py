@@ -68,8 +68,9 @@ def make_scaling(
 ) -> Scaling:
     """The public options as launchers take them, for rows of shape `rows`."""
     if torch.compiler.is_compiling() and not isinstance(temperature, Tensor) and temperature != 1.0:
-        # An opaque op binds a graph to the floats that it is given, not to tensors.
-        temperature = torch.full((1,) * len(rows), temperature, dtype=dtype, device=device)
+        # An opaque op binds a graph to the floats that it is given, and so does torch.full, but a
+        # tensor times a float does not.
+        temperature = torch.ones((1,) * len(rows), dtype=dtype, device=device) * temperature
     options = (softcap or 0.0, float(logit_scale))
     if isinstance(temperature, Tensor):
         return Scaling(temperature.to(dtype).expand(rows).reshape(-1), 1.0, *options)
