@@ -97,10 +97,15 @@ def test_error_is_within_that_of_naive_pytorch(run, shape, dtypes, peaked):
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)])
-@pytest.mark.parametrize("shape", [(70_000, 5), (5, 32000), (3, 50257), (2, 151936)])
+@pytest.mark.parametrize("shape", [(70_000, 5), (5, 32000), (3, 50257), (2, 151936), (2, 256_000)])
 def test_error_at_real_vocabularies(run_large, shape, dtypes):
     assert_true(run_large, *pair(*shape, dtypes=dtypes), temperature=1.3)
     assert_true(run_large, *pair(*shape, dtypes=dtypes, peaked=True))
+
+
+@pytest.mark.parametrize(("V", "dtype"), [(50257, F32), (151936, BF16), (256_000, F32)])
+def test_a_row_of_many_pieces(run, V, dtype):
+    assert_true(run, *pair(1, V, dtypes=(dtype, dtype), peaked=True), temperature=0.8)
 
 
 @pytest.mark.parametrize("distance", [0.05, 1.0])

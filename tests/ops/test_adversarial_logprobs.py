@@ -95,13 +95,18 @@ def test_error_is_within_that_of_naive_pytorch(run, shape, dtype, peaked, used):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("shape", [(70_000, 5), (5, 32000), (3, 50257), (2, 151936)])
+@pytest.mark.parametrize("shape", [(70_000, 5), (5, 32000), (3, 50257), (2, 151936), (2, 256_000)])
 def test_error_at_real_vocabularies(run_large, shape, dtype):
     assert_true(run_large, *sample(*shape, dtype=dtype), temperature=1.3)
     assert_true(run_large, *sample(*shape, dtype=dtype, peaked=True))
     logits, tokens, upstream = sample(*shape, dtype=dtype)
     logits.fill_(-15.0)[:, 3] = 3.0  # mass of columns that do not exist would show
     assert_true(run_large, logits, tokens, upstream)
+
+
+@pytest.mark.parametrize(("V", "dtype"), [(50257, F32), (151936, BF16), (256_000, F32)])
+def test_a_row_of_many_pieces(run, V, dtype):
+    assert_true(run, *sample(1, V, dtype=dtype, peaked=True), temperature=0.8)
 
 
 @pytest.mark.parametrize("peaked", [False, True], ids=["random", "peaked"])

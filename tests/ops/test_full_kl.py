@@ -211,13 +211,14 @@ def test_grad_mode_changes_no_bit(run) -> None:
     assert torch.equal(run(logits.clone().requires_grad_(), ref), run(logits, ref))
 
 
-def test_compiles_without_a_graph_break() -> None:
-    compiled = torch.compile(full_kl, fullgraph=True, backend="aot_eager")
-    logits, ref = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9, requires_grad=True)
-    got, want = (
-        torch.autograd.grad(op(logits, ref, temperature=0.7).sum(), (logits, ref))
-        for op in (compiled, full_kl)
-    )
+@pytest.mark.parametrize("case", cases(OP, interpreter=False))
+def test_compiles_without_a_graph_break(case) -> None:
+    def op(logits: Tensor, ref: Tensor) -> Tensor:
+        return full_kl(logits, ref, temperature=0.7, backend=case.backend)
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    pair = [torch.randn(4, 9, device=case.device, requires_grad=True) for _ in range(2)]
+    got, want = (torch.autograd.grad(f(*pair).sum(), pair) for f in (compiled, op))
     torch.testing.assert_close(got, want)
 
 

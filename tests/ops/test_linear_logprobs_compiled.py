@@ -81,24 +81,6 @@ def test_registered_ops_pass_opcheck(
     torch.library.opcheck(_logprob_tiles.backward, (*backward, True, list(needs), "reference"))
 
 
-def test_one_graph_serves_all_lengths_and_temperatures() -> None:
-    graphs = []
-
-    def count(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    def op(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        return linear_logprobs(hidden, weight, tokens, temperature=temperature)[0].sum()
-
-    compiled = torch.compile(op, fullgraph=True, backend=count)
-    for rows in range(4, 16):
-        hidden, weight, _, tokens = (x.detach() for x in problem(rows, dtype=torch.float32))
-        got = compiled(hidden, weight, tokens, 0.5 + rows / 16)
-        torch.testing.assert_close(got, op(hidden, weight, tokens, 0.5 + rows / 16))
-    assert len(graphs) <= 3  # one for the first shape, then one for all
-
-
 def test_id_outside_the_vocabulary_is_named() -> None:
     hidden, weight, _, tokens = problem()
     tokens[3] = 11

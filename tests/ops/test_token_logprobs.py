@@ -314,12 +314,18 @@ def test_grad_mode_changes_no_bit(run) -> None:
     assert all(torch.equal(a, b) for a, b in zip(with_grad, without, strict=True))
 
 
-def test_compiles_without_a_graph_break() -> None:
-    compiled = torch.compile(token_logprobs, fullgraph=True, backend="aot_eager")
-    logits, tokens = torch.randn(4, 9, requires_grad=True), torch.tensor([0, -100, 8, 3])
+@pytest.mark.parametrize("case", cases(OP, interpreter=False))
+def test_compiles_without_a_graph_break(case) -> None:
+    def op(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"temperature": 0.7, "softcap": 5.0, "backend": case.backend}
+        return token_logprobs(logits, tokens, **options)
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    logits = torch.randn(4, 9, device=case.device, requires_grad=True)
+    tokens = torch.tensor([0, -100, 8, 3], device=case.device)
     grads = []
-    for op in (compiled, token_logprobs):
-        logprobs, entropy = op(logits, tokens, temperature=0.7, softcap=5.0)
+    for function in (compiled, op):
+        logprobs, entropy = function(logits, tokens)
         grads.append(torch.autograd.grad((logprobs - 0.3 * entropy).sum(), logits)[0])
     torch.testing.assert_close(*grads)
 
