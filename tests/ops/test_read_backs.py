@@ -1,4 +1,4 @@
-"""The linear ops ask a device at most once a pass how many rows are left, and never with `live_rows`.
+"""The linear ops ask at most once a pass how many rows are left, and never with `live_rows`.
 
 On a CPU everything that would wait for a GPU is counted; on a GPU torch itself raises.
 """
