@@ -59,6 +59,12 @@ def launches() -> int:
     return library("_cuda").emulator_launches()
 
 
+def devices() -> tuple[int, int]:
+    """The device that is selected, and the one that was when the last kernel was launched."""
+    _cuda = library("_cuda")
+    return _cuda.emulator_device(), _cuda.emulator_launched_on()
+
+
 def install() -> None:
     """Puts the emulated `_cuda` into the table of backends, for this process."""
     assert BUILD is not None

@@ -29,6 +29,8 @@ struct Machine {
 extern Schedule schedule;
 extern Machine machine;
 extern long launches;  // so far
+extern int device;       // that is selected, of as many as are asked for
+extern int launched_on;  // the device that was selected for the last launch
 
 // A line of a kernel.
 struct Site {

@@ -13,6 +13,7 @@ namespace emulator {
 Schedule schedule;
 Machine machine;
 long launches = 0;
+int device = 0, launched_on = -1;
 
 namespace {
 
@@ -39,6 +40,7 @@ void pause() {
 void launch(unsigned blocks, unsigned threads, unsigned cluster,
             const std::function<void()>& kernel) {
   ++launches;
+  launched_on = device;
   const unsigned units = blocks / cluster;
   const unsigned workers = std::clamp(schedule.workers, 1u, units);
   const std::vector<unsigned> order = ordered(units, 0);
@@ -86,3 +88,5 @@ EMULATOR_EXPORT void emulator_configure(int order, unsigned seed, unsigned worke
   emulator::machine = {clusters, noise};
 }
 EMULATOR_EXPORT long emulator_launches() { return emulator::launches; }
+EMULATOR_EXPORT int emulator_device() { return emulator::device; }
+EMULATOR_EXPORT int emulator_launched_on() { return emulator::launched_on; }

@@ -12,6 +12,8 @@ import torch
 from emulated_cuda import emulator
 from emulator_calls import CALLS, SHAPES, results
 
+from rlhf_fast.compiled import _rows
+
 ELSEWHERE = [
     {"order": "reversed"},
     {"order": "shuffled", "seed": 1},
@@ -53,6 +55,16 @@ def test_clusters_agree_with_single_blocks(op):
     for schedule in ELSEWHERE[1:3]:
         with emulator(**schedule):
             assert same_bits(results(op, shape), shared), schedule
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_run_on_the_device_of_their_tensors_and_leave_the_current_one(name, monkeypatch):
+    results(name, SHAPES[1])
+    assert emulated_cuda.devices() == (0, 0)
+    runner = _rows.runner
+    monkeypatch.setattr(_rows, "runner", lambda x: (3, *runner(x)[1:]))
+    results(name, SHAPES[1])
+    assert emulated_cuda.devices() == (0, 3)
 
 
 @pytest.mark.parametrize("at_end", [True, False])

@@ -147,7 +147,7 @@ inline unsigned atomicInc(unsigned* counter, unsigned most) {
   return old;
 }
 
-// The runtime, with one device. Streams are of no account: a launch has ended when it returns.
+// The runtime; its devices are alike, and share their memory. Streams are of no account: a launch has ended when it returns.
 using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,
@@ -175,10 +175,13 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                         : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::device;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  emulator::device = device;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = emulator::machine.clusters;
   return cudaSuccess;
