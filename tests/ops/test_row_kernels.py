@@ -12,6 +12,7 @@ from backend_cases import Case, cases
 from torch import Tensor
 
 from rlhf_fast.backends import Impl, resolve
+from rlhf_fast.ops import full_kl, linear_kl, linear_logprobs, token_logprobs
 
 logprobs_reference, kl_reference = (
     importlib.import_module(f"rlhf_fast.ops.{name}").REFERENCE
@@ -255,14 +256,22 @@ def test_registered_ops_pass_opcheck(case: Case):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs an NVIDIA GPU beside the first")
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_runs_on_the_device_of_its_tensors(backend: str):
-    x = rows_of_all_kinds().to("cuda:1")
-    ids = torch.zeros(N, dtype=torch.long, device="cuda:1")
-    for op, inputs, more in (("token_logprobs", (x, ids), (-100, 0)), ("full_kl", (x, -x), ())):
-        results = []
-        for name, device in ((backend, "cuda:1"), ("reference", "cpu")):
-            impl = impl_of(op, Case(name, device))
-            assert impl.forward is not None
-            moved = [y.to(device) for y in inputs]
-            results.append(impl.forward(*moved, None, 1.0, 0.0, 1.0, *more, None)[0])
-        torch.testing.assert_close(results[0].cpu(), results[1], rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize("op", [token_logprobs, full_kl, linear_logprobs, linear_kl])
+def test_runs_on_the_device_of_its_tensors(op: Any, backend: str):
+    x, weight, ids = rows_of_all_kinds(), torch.randn(V, V), torch.zeros(N, dtype=torch.long)
+    x[3:6] = torch.randn(3, V)  # a product of -inf would be NaN
+    inputs = {
+        token_logprobs: (x, ids),
+        full_kl: (x, -x),
+        linear_logprobs: (x, weight, ids),
+        linear_kl: (x, weight, -x, weight),
+    }[op]
+    results = []
+    for name, device in ((backend, "cuda:1"), ("reference", "cpu")):
+        leaf = inputs[0].to(device).requires_grad_()
+        out = op(leaf, *(y.to(device) for y in inputs[1:]), backend=name)
+        out = out if isinstance(out, Tensor) else out[0]
+        results.append((out, *torch.autograd.grad(out.sum(), leaf)))
+        assert torch.cuda.current_device() == 0
+    on_gpu = tuple(y.cpu() for y in results[0])
+    torch.testing.assert_close(on_gpu, results[1], rtol=1e-4, atol=1e-4)
