@@ -106,7 +106,8 @@ rivals: $(READY)  ## the wheels that the benchmarks compare with, into .benchmar
 			|| echo "$$wheel was not fetched: its comparisons are skipped" >&2; \
 	done
 
-BENCH := -m pytest --benchmark-columns=median,iqr,rounds -s
+# -rs: a rival whose wheel is missing is no quiet omission.
+BENCH := -m pytest --benchmark-columns=median,iqr,rounds -s -rs
 # Passive: on a busy machine threads that spin at barriers measure the scheduler's tick instead.
 # Again with huge pages for torch: without them page faults are most of what some rivals pay.
 bench: rivals  ## the CPU benchmarks; the rivals' wheels are fetched

@@ -54,7 +54,8 @@ class Row(NamedTuple):
 class Bar(NamedTuple):
     """What we ask of a contender, in the tables whose title has `where`; printed, never asserted.
 
-    `faster`: median time of the rival over the contender's. `scratch`: of the rival's.
+    `faster`: median time of the rival over the contender's. `scratch`: of the rival's. `share`: of
+    the floor, in the best rounds.
     """
 
     where: str
@@ -62,6 +63,7 @@ class Bar(NamedTuple):
     rival: str
     faster: float | None = None
     scratch: float | None = None
+    share: float | None = None
 
 
 @dataclass
@@ -138,7 +140,15 @@ class Report:
         text = f"## {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         if top:
             text += f"\n\nFloor: {fastest}, at {top:.4g} {self.unit}/s.\n"
-        asked = [line for bar in self.bars if bar.where in title for line in _verdicts(bar, rows)]
+        bars = [bar for bar in self.bars if bar.where in title and bar.contender in rows]
+        asked = [line for bar in bars for line in _verdicts(bar, rows)]
+        for bar in bars:
+            if bar.share is not None and top:
+                got = self._rate(rows[bar.contender]) / top
+                asked.append(
+                    f"{bar.contender}: {got:.1%} of the floor, bar {bar.share:.0%}: "
+                    f"{_verdict(got >= bar.share)}"
+                )
         return text + "".join(f"\n- {line}" for line in asked)
 
     def _rate(self, row: Row) -> float:
@@ -174,23 +184,27 @@ def _mb(row: Row) -> str:
     return "-" if row.peak is None else f"{row.peak / 1e6:.1f} ({row.scratch / 1e6:.1f})"
 
 
+def _verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
 def _verdicts(bar: Bar, rows: dict[str, Row]) -> list[str]:
-    if bar.contender not in rows or bar.rival not in rows:
-        return []
+    """Of times and memory, against the rival."""
+    if bar.rival not in rows:
+        return [f"{bar.contender}: {bar.rival} was not measured, a bar is open"]
     ours, theirs = rows[bar.contender], rows[bar.rival]
     lines = []
     if bar.faster is not None:
         got = theirs.median / ours.median
-        verdict = "met" if got >= bar.faster else "MISSED"
         lines.append(
-            f"{bar.rival} / {bar.contender}: {got:.2f} in time, bar {bar.faster:.2f}: {verdict}"
+            f"{bar.rival} / {bar.contender}: {got:.2f} in time, bar {bar.faster:.2f}: "
+            f"{_verdict(got >= bar.faster)}"
         )
     if bar.scratch is not None and ours.peak is not None and theirs.scratch > 0:
         got = ours.scratch / theirs.scratch
-        verdict = "met" if got <= bar.scratch else "MISSED"
         lines.append(
             f"{bar.contender} / {bar.rival}: {got:.1%} of its memory beyond the gradients, "
-            f"bar {bar.scratch:.0%}: {verdict}"
+            f"bar {bar.scratch:.0%}: {_verdict(got <= bar.scratch)}"
         )
     return lines
 

@@ -71,6 +71,17 @@ report = Report(
         Bar("float32", "keep cpp", "naive", faster=1.0),
         Bar("float32", "frozen direct cpp", "naive frozen", faster=1 / 0.9, scratch=0.1),
         Bar("float32", "half dead cpp", "recompute cpp", faster=1 / 0.85),
+        Bar("bfloat16", FP32_OUT, PRODUCTS[0], faster=0.9),
+        *(
+            Bar("bfloat16", f"{name} {backend}", rival, faster=faster, scratch=scratch)
+            for backend in ("triton", "cuda")
+            for name, rival, faster, scratch in (
+                ("keep", "TRL 1.16", 1.35, None),
+                ("frozen keep", "TRL 1.16 frozen", 1.4, None),
+                ("frozen direct", "TRL 1.16 frozen", 1.4, None),
+                ("recompute", "TRL 1.16", 1.05, 1.0),
+            )
+        ),
     ),
 )
 

@@ -45,6 +45,11 @@ report = Report(
         Bar("float32", "cpp", "TRL 1.16", faster=3.0),
         Bar("float32", "cpp in place", "F.cross_entropy", faster=5.0),
         Bar("bfloat16", "cpp", "F.cross_entropy", faster=1.5),
+        *(
+            Bar(f"{passes}, {list(GPU_SHAPE)}", backend, "TRL 1.16", faster=1.0, share=share)
+            for passes, share in (("forward", 0.9), ("forward and backward", 0.88))
+            for backend in ("triton", "cuda")
+        ),
     ),
 )
 
