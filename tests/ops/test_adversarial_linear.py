@@ -140,7 +140,14 @@ def test_error_is_within_that_of_naive_pytorch(run, shape, dtypes, options, used
     assert_true(run, head, tokens, upstream, **options)
 
 
-@pytest.mark.parametrize("shape", [(521, 7, 13), (20, 16, 32000), (6, 24, 50257), (1025, 16, 512)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(521, 7, 13), (20, 16, 32000), (6, 24, 50257), (1025, 16, 512)],
+        (123, 877, 16_001),
+        (1025, 16, 8200),  # more than one of a CPU's tiles
+    ],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_error_on_average(run_large, shape, dtype):
     head, tokens, upstream = sample(*shape, dtypes=(dtype,) * 3)

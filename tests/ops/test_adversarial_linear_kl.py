@@ -153,7 +153,14 @@ def test_error_is_within_that_of_naive_pytorch(run, shape, dtypes, ref_dtypes, e
     assert_true(run, parts, upstream, **options)
 
 
-@pytest.mark.parametrize("shape", [(521, 7, 13), (20, 16, 32000), (6, 24, 50257), (200, 31, 1000)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(521, 7, 13), (20, 16, 32000), (6, 24, 50257), (200, 31, 1000)],
+        (123, 513, 4001),
+        (1025, 16, 8200),  # more than one of a CPU's tiles
+    ],
+)
 def test_error_on_average(run_large, shape):
     parts, upstream = sample(*shape)
     upstream[1::3] = 0
