@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from backend_cases import calls, cases
 from linear_logprobs_cases import problem
 from torch import Tensor
 
-from rlhf_fast.ops import _logprob_tiles, _plan
+from rlhf_fast.ops import _logprob_tiles, _plan, _softmax
 from rlhf_fast.ops.linear_logprobs import linear_logprobs
 
 
@@ -86,6 +87,26 @@ def test_id_outside_the_vocabulary_is_named() -> None:
     tokens[3] = 11
     with pytest.raises(IndexError, match=r"linear_logprobs: tokens holds the id 11, .*\[0, 11\)"):
         linear_logprobs(hidden, weight, tokens)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("memory_budget", [0, 5 * 4 * 4, 10**9])  # of a frozen head: direct, too
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bad", [11, -1, 2**40])
+def test_without_the_host_check_such_a_row_is_nan_and_no_other(
+    run, monkeypatch: pytest.MonkeyPatch, memory_budget: int, frozen: bool, bad: int
+) -> None:
+    for module in (_softmax, importlib.import_module(linear_logprobs.__module__)):
+        monkeypatch.setattr(module, "host_checks_run", lambda device: False)
+    hidden, weight, _, _ = problem(rows=5, dtype=torch.float32)
+    tokens = torch.tensor([0, 3, bad, 10, 7])
+    weight.requires_grad_(not frozen)
+    logprobs, entropy = run(hidden, weight, tokens, memory_budget=memory_budget)
+    for output in (logprobs, entropy):
+        assert output.isnan().tolist() == [False, False, True, False, False]
+    upstream = torch.tensor([1.0, -2.0, 0.0, 0.5, 1.5])  # what a mask makes of it
+    grads = torch.autograd.grad(logprobs, [hidden] if frozen else [hidden, weight], upstream)
+    assert all(g.isfinite().all() and g.any() for g in grads) and not grads[0][2].any()
 
 
 def test_wrong_arguments_are_named() -> None:

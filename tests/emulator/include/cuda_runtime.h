@@ -147,7 +147,8 @@ inline unsigned atomicInc(unsigned* counter, unsigned most) {
   return old;
 }
 
-// The runtime; its devices are alike, and share their memory. Streams are of no account: a launch has ended when it returns.
+// The runtime; its devices are alike, and share their memory. Streams are of no account: a launch
+// has ended when it returns.
 using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,
