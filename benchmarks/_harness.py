@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from _bars import Bar, Row, verdicts
 from torch import Tensor
 
 from rlhf_fast import backends
@@ -34,36 +35,6 @@ FLUSHED_BYTES = 1 << 30  # many times any L2; 0.2 ms of an H200 for the host to 
 SCALES = {"MB": 1e6, "GFLOP": 1e9, "tokens": 1.0}
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-
-class Row(NamedTuple):
-    """One contender in one table; seconds, bytes or FLOPs, bytes."""
-
-    median: float
-    best: float
-    work: float
-    peak: int | None
-    returned: int
-
-    @property
-    def scratch(self) -> int:
-        """Peak memory less the gradients that the call returns."""
-        return max(0, (self.peak or 0) - self.returned)
-
-
-class Bar(NamedTuple):
-    """What we ask of a contender, in the tables whose title has `where`; printed, never asserted.
-
-    `faster`: median time of the rival over the contender's. `scratch`: of the rival's. `share`: of
-    the floor, in the best rounds.
-    """
-
-    where: str
-    contender: str
-    rival: str
-    faster: float | None = None
-    scratch: float | None = None
-    share: float | None = None
 
 
 @dataclass
@@ -125,34 +96,22 @@ class Report:
         head += [f"{rival} / this, median (best)" for rival in rivals]
         head += [f"must do, {self.unit}", f"{self.unit}/s, best"]
         head += ["share of floor, best", "peak, MB (less gradients)"]
-        top, fastest = max(
-            ((self._rate(rows[n]), n) for n in self.floor if n in rows), default=(0, "")
-        )
+        top, fastest = max(((rows[n].rate, n) for n in self.floor if n in rows), default=(0, ""))
+        scale = SCALES[self.unit]
         lines = [head, ["---"] * len(head)]
         for name, row in rows.items():
             cells = [name, _ms(row.median), _ms(row.best)]
             for rival in rivals:
                 by_median, by_best = rows[rival].median / row.median, rows[rival].best / row.best
                 cells.append(f"{by_median:.2f} ({by_best:.2f})")
-            cells += [f"{x:.4g}" for x in (row.work / SCALES[self.unit], self._rate(row))]
-            cells.append(f"{self._rate(row) / top:.0%}" if top else "-")
+            cells += [f"{x / scale:.4g}" for x in (row.work, row.rate)]
+            cells.append(f"{row.rate / top:.0%}" if top else "-")
             lines.append([*cells, _mb(row)])
         text = f"## {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         if top:
-            text += f"\n\nFloor: {fastest}, at {top:.4g} {self.unit}/s.\n"
-        bars = [bar for bar in self.bars if bar.where in title and bar.contender in rows]
-        asked = [line for bar in bars for line in _verdicts(bar, rows)]
-        for bar in bars:
-            if bar.share is not None and top:
-                got = self._rate(rows[bar.contender]) / top
-                asked.append(
-                    f"{bar.contender}: {got:.1%} of the floor, bar {bar.share:.0%}: "
-                    f"{_verdict(got >= bar.share)}"
-                )
+            text += f"\n\nFloor: {fastest}, at {top / scale:.4g} {self.unit}/s.\n"
+        asked = [line for bar in self.bars if bar.where in title for line in verdicts(bar, rows)]
         return text + "".join(f"\n- {line}" for line in asked)
-
-    def _rate(self, row: Row) -> float:
-        return row.work / SCALES[self.unit] / row.best
 
 
 class Rows:
@@ -182,31 +141,6 @@ def _ms(seconds: float) -> str:
 
 def _mb(row: Row) -> str:
     return "-" if row.peak is None else f"{row.peak / 1e6:.1f} ({row.scratch / 1e6:.1f})"
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
-
-
-def _verdicts(bar: Bar, rows: dict[str, Row]) -> list[str]:
-    """Of times and memory, against the rival."""
-    if bar.rival not in rows:
-        return [f"{bar.contender}: {bar.rival} was not measured, a bar is open"]
-    ours, theirs = rows[bar.contender], rows[bar.rival]
-    lines = []
-    if bar.faster is not None:
-        got = theirs.median / ours.median
-        lines.append(
-            f"{bar.rival} / {bar.contender}: {got:.2f} in time, bar {bar.faster:.2f}: "
-            f"{_verdict(got >= bar.faster)}"
-        )
-    if bar.scratch is not None and ours.peak is not None and theirs.scratch > 0:
-        got = ours.scratch / theirs.scratch
-        lines.append(
-            f"{bar.contender} / {bar.rival}: {got:.1%} of its memory beyond the gradients, "
-            f"bar {bar.scratch:.0%}: {_verdict(got <= bar.scratch)}"
-        )
-    return lines
 
 
 def gpu_rounds(

@@ -19,7 +19,8 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from _harness import GPU, Bar, Report, check, on_gpu, place, require_backend
+from _bars import Bar
+from _harness import GPU, Report, check, on_gpu, place, require_backend
 
 from rlhf_fast.ops import full_kl
 

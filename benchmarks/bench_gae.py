@@ -15,15 +15,39 @@ import os
 import _rivals
 import pytest
 import torch
+from _bars import Bar
 from _harness import GPU, Report, check, on_gpu, place, require_backend
 
 from rlhf_fast.ops import gae
 
 SHAPES = ((256, 1024), (16, 8192))
-GPU_SHAPES = (*SHAPES, (4096, 1024), (1, 131_072))
+GPU_SHAPES = (*SHAPES, (512, 4096), (8192, 2048), (1, 8192), (1, 131_072), (1, 1_000_000))
 GAMMA, LAM = 1.0, 0.95
 
-report = Report(floor=("copy",), unit="MB", rivals=("OpenRLHF",))
+
+def gpu_bars(name: str) -> tuple[Bar, ...]:
+    """Device time, share of a copy's bandwidth, and times the loop over tokens: theirs and ours."""
+    return (
+        Bar("B=512, T=4096, fp32, NVIDIA", name, "copy", within=25e-6),
+        Bar("B=8192, T=2048, fp32, NVIDIA", name, "copy", share=0.6),
+        Bar("B=1, T=8192, fp32, NVIDIA", name, "OpenRLHF", faster=1000.0),
+        Bar("B=1, T=8192, fp32, NVIDIA", name, "gae reference", faster=1000.0),
+    )
+
+
+report = Report(
+    floor=("copy",),
+    unit="MB",
+    rivals=("OpenRLHF", "gae reference"),
+    bars=(
+        Bar("B=256, T=1024, fp32, 1 thread", "gae cpp", "OpenRLHF", faster=50.0),
+        Bar("B=256, T=1024, fp32, 2 thread", "gae cpp", "OpenRLHF", faster=50.0),
+        Bar("B=16, T=8192, fp32, 1 thread", "gae cpp", "OpenRLHF", faster=100.0),
+        Bar("B=16, T=8192, fp32, 2 thread", "gae cpp", "OpenRLHF", faster=100.0),
+        *gpu_bars("gae cuda"),
+        *gpu_bars("gae triton"),
+    ),
+)
 
 
 def contender(name: str):

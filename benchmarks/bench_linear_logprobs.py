@@ -25,7 +25,8 @@ import _rivals
 import pytest
 import torch
 import torch.nn.functional as F
-from _harness import GPU, PRODUCTS, Bar, Report, check, on_gpu, place, product, require_backend
+from _bars import Bar
+from _harness import GPU, PRODUCTS, Report, check, on_gpu, place, product, require_backend
 
 from rlhf_fast.ops import linear_logprobs
 

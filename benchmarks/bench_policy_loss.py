@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import _rivals
 import pytest
 import torch
-from _harness import GPU, Bar, Report, check, on_gpu, place, require_backend
+from _bars import Bar
+from _harness import GPU, Report, check, on_gpu, place, require_backend
 
 from rlhf_fast.ops import policy_loss
 

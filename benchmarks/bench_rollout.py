@@ -28,7 +28,8 @@ import os
 
 import pytest
 import torch
-from _harness import GPU, Bar, Report, check, on_gpu, place, versions
+from _bars import Bar
+from _harness import GPU, Report, check, on_gpu, place, versions
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

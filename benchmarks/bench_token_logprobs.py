@@ -25,7 +25,8 @@ import _rivals
 import pytest
 import torch
 import torch.nn.functional as F
-from _harness import GPU, Bar, Report, check, on_gpu, place, require_backend
+from _bars import Bar
+from _harness import GPU, Report, check, on_gpu, place, require_backend
 
 from rlhf_fast.ops import token_logprobs
 
@@ -46,9 +47,13 @@ report = Report(
         Bar("float32", "cpp in place", "F.cross_entropy", faster=5.0),
         Bar("bfloat16", "cpp", "F.cross_entropy", faster=1.5),
         *(
-            Bar(f"{passes}, {list(GPU_SHAPE)}", backend, "TRL 1.16", faster=1.0, share=share)
+            bar
             for passes, share in (("forward", 0.9), ("forward and backward", 0.88))
             for backend in ("triton", "cuda")
+            for bar in (
+                Bar(f"{passes}, {list(GPU_SHAPE)}", backend, "TRL 1.16", faster=1.0),
+                Bar(f"{passes}, {list(GPU_SHAPE)}", backend, "copy", share=share),
+            )
         ),
     ),
 )

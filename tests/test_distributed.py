@@ -109,6 +109,7 @@ def test_two_processes_learn_what_one_does(stage, tmp_path):
             "score",
             "policy_loss",
             "kl_coef",
+            "soft_return_std",
         ):
             if name in ours:
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), name

@@ -10,6 +10,9 @@ from trainer_cases import PROMPTS, assert_same, length_reward, ppo_config, weigh
 
 from rlhf_fast import PPOTrainer, RewardModel
 from rlhf_fast.data import Rollout, batch_indices
+from rlhf_fast.scratch import tiny_llama
+from rlhf_fast.trainers import update
+from rlhf_fast.trainers.experience import make_experience
 
 
 def test_generate_and_step_are_a_loop_of_ones_own(model, tokenizer):
@@ -133,6 +136,55 @@ def test_rewards_without_a_spread_do_not_make_nan(model, tokenizer):
         tokenizer=tokenizer, config=ppo_config(whiten_rewards=True),
     ).train()  # fmt: skip
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_whitened_rewards_have_the_deviation_1_and_the_mean_that_they_had(model, tokenizer):
+    """KL, score and GAE by hand, token by token."""
+    config = ppo_config(
+        whiten_rewards=True, whiten_advantages=False, kl_coef=0.3, gamma=0.9, lam=0.5
+    )
+    trainer = PPOTrainer(
+        model, tokenizer=tokenizer, config=config, critic="model",
+        ref=tiny_llama(tokenizer, hidden_size=32, context=64, seed=7),
+    )  # fmt: skip
+    torch.nn.init.normal_(trainer._module.critic.head.weight)
+    rollout, scores = trainer.generate(PROMPTS[:8]), torch.arange(8.0)
+    given = (trainer._module, trainer.ref, rollout, scores, config, 0.3, 8)
+    experience = make_experience(*given)
+    kl = experience.old_logprobs - experience.ref_logprobs
+    rewards = [-0.3 * x[keep] for x, keep in zip(kl, rollout.completion_mask, strict=True)]
+    for row, score in zip(rewards, scores, strict=True):
+        row[-1] += score
+    mean, deviation = torch.cat(rewards).mean(), (torch.cat(rewards).var() + 1e-8).sqrt()
+    for i, keep in enumerate(rollout.completion_mask):
+        values = [*experience.values[i, keep].tolist(), 0.0]
+        assert any(values)
+        advantage, expected = 0.0, []
+        for t in reversed(range(len(rewards[i]))):
+            reward = ((rewards[i][t] - mean) / deviation + mean).item()
+            advantage = reward + 0.9 * values[t + 1] - values[t] + 0.45 * advantage
+            expected.insert(0, advantage)
+        assert experience.advantages[i, keep].tolist() == pytest.approx(expected, abs=1e-4)
+        returns = [a + v for a, v in zip(expected, values, strict=False)]
+        assert experience.returns[i, keep].tolist() == pytest.approx(returns, abs=1e-4)
+
+
+def test_every_epoch_takes_every_completion_once_in_an_order_of_its_own(
+    model, tokenizer, monkeypatch
+):
+    taken, loss = [], update.ppo_loss
+
+    def watch(actor_critic, ref, piece, **options):
+        taken.extend(piece.scores.tolist())
+        return loss(actor_critic, ref, piece, **options)
+
+    monkeypatch.setattr(update, "ppo_loss", watch)
+    config = ppo_config(epochs=3, batch_size=4, micro_batch_size=2)
+    trainer = PPOTrainer(model, tokenizer=tokenizer, config=config)
+    trainer.step(trainer.generate(PROMPTS[:8]), torch.arange(8.0))
+    epochs = [taken[i : i + 8] for i in range(0, 24, 8)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
+    assert len(set(map(tuple, epochs))) == 3
 
 
 def test_rollouts_of_ones_own_can_be_learnt_from(model, tokenizer):

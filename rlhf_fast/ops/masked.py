@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,31 @@ class _Moments(NamedTuple):
     variance: Tensor
 
 
+class _AllReduce(torch.autograd.Function):
+    """The sum over processes: each one's share takes part in all of their results.
+
+    Torch's own differentiable form is deprecated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _AllReduce.apply(grad)
+
+
+def several_processes() -> bool:
+    """Whether torch.distributed's default group has any but this one: vLLM makes one of one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _global_sum(x: Tensor, across_processes: bool) -> Tensor:
     """Sums `x` over the processes of the default group; differentiable."""
-    if not (across_processes and dist.is_available() and dist.is_initialized()):
-        return x
-    # Not importable in builds of torch that lack distributed.
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(x)
+    return _AllReduce.apply(x) if across_processes and several_processes() else x
 
 
 def _moments(x: Tensor, mask: Tensor, across_processes: bool) -> _Moments:

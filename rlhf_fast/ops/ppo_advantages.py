@@ -6,7 +6,6 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast.backends import Impl, resolve
@@ -14,7 +13,7 @@ from rlhf_fast.ops._checks import floating, number, same_shape, stats_dtype
 from rlhf_fast.ops._scan_checks import check_coefficients, check_per_sequence
 from rlhf_fast.ops._sequences import check_layout, is_last_token, per_token, sequence_sum
 from rlhf_fast.ops.gae import gae_reference, split_coefficient
-from rlhf_fast.ops.masked import masked_whiten_reference, merge_moments
+from rlhf_fast.ops.masked import masked_whiten_reference, merge_moments, several_processes
 
 
 @torch.no_grad()
@@ -115,7 +114,7 @@ def _run_kernel(
         whiten,
     )
     if whiten:
-        if dist.is_available() and dist.is_initialized():
+        if several_processes():
             moments = merge_moments(moments)
         impl.backward(advantages, mask, moments)
     return advantages, returns, rewards

@@ -181,8 +181,9 @@ def correct(
 
 
 def describe(experience: Experience, kl_coef: float) -> dict[str, Tensor]:
-    """Metrics of an experience, 0-d means over its sequences.
+    """Metrics of an experience, 0-d, means over its sequences.
 
+    Deviation and variances are those of all processes' sequences: every process must make the call.
     `soft_return_std` is the deviation of `score - kl_coef * log(policy / ref)`: at the optimum of
     the KL-regularised objective that is one constant, `kl_coef * log Z`, so it falls to 0.
     `explained_variance` is the critic's, before it learned from this experience.
@@ -195,14 +196,18 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, Tensor]:
         "score": experience.scores.mean(),
         "kl": kl.mean(),
         "soft_return": soft_returns.mean(),
-        "soft_return_std": soft_returns.std(correction=min(1, len(rollout) - 1)),
+        "soft_return_std": _variance(soft_returns, torch.ones_like(soft_returns)).sqrt(),
         "length": lengths.mean(),
         "finished": rollout.finished.float().mean(),
     }
     if experience.values is not None and experience.returns is not None:
         mask, returns = rollout.completion_mask, experience.returns
-        spread = masked_var(returns, mask)
-        unexplained = masked_var(returns - experience.values, mask)
+        spread = _variance(returns, mask)
+        unexplained = _variance(returns - experience.values, mask)
         explained = torch.where(spread > 0, 1 - unexplained / spread, 0.0)
         described["explained_variance"] = explained
     return described
+
+
+def _variance(x: Tensor, mask: Tensor) -> Tensor:
+    return masked_var(x, mask, across_processes=True)

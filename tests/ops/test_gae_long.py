@@ -104,3 +104,19 @@ def test_bits_do_not_depend_on_threads_or_the_run(run, shape):
         runs.append(results(run, tokens, mask, bootstrap))
     for again in runs[1:]:
         assert torch.equal(again[0], runs[0][0]) and torch.equal(again[1], runs[0][1])
+
+
+@pytest.mark.parametrize("case", [c for c in cases("gae") if c.values[0].backend == "triton"])
+@pytest.mark.parametrize("block", [(64, 1), (256, 2), (1024, 8)])
+def test_the_block_that_triton_scans_at_a_time_does_not_matter(case, block, monkeypatch):
+    from rlhf_fast.kernels import gae as kernel
+
+    monkeypatch.setattr(kernel, "scan_block", lambda *_: block)
+    tokens, mask = sample(2, 1500)
+    bootstrap = torch.linspace(-1, 1, 2)
+    for run in calls("gae", gae, case, monkeypatch):
+        got, grad_bootstrap = results(run, tokens, mask, bootstrap)
+    for row in range(2):
+        truth, grad = token_by_token(tokens[:, row], mask[row], bootstrap[row].item())
+        assert_close(got[:, row], truth)
+        assert grad_bootstrap[row].item() == pytest.approx(grad, rel=1e-5, abs=1e-4)

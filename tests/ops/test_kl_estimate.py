@@ -70,6 +70,19 @@ def test_k3_saturates_where_the_reference_is_20_nats_above() -> None:
     assert logprobs.grad is not None and logprobs.grad.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("new", "ref"), [(-1.0, -math.inf), (-math.inf, -1.0)])
+def test_the_unbiased_gradient_keeps_an_infinite_value_and_is_finite(
+    kind: str, new: float, ref: float
+) -> None:
+    logprobs, reference = torch.tensor([new], requires_grad=True), torch.tensor([ref])
+    for old in (None, torch.tensor([-60.0])):
+        kl = kl_estimate(logprobs, reference, kind=kind, old_logprobs=old, unbiased_gradient=True)
+        assert torch.equal(kl, kl_estimate(logprobs, reference, kind=kind)) and not kl.isnan()
+        (grad,) = torch.autograd.grad(kl.sum(), logprobs)
+        assert grad.isfinite()
+
+
 def categorical() -> tuple[Tensor, Tensor, Tensor]:
     """Logits of a policy, and log-probs of a reference and of the policy that sampled."""
     policy = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)

@@ -138,3 +138,16 @@ def test_two_processes_whiten_an_uneven_split_as_one_process_does_the_whole(case
         mp.spawn(_whiten_a_share, (f"{folder}/store", case.backend, inputs, results), nprocs=2)
         joined = torch.tensor(results[0] + results[1], dtype=torch.float64)
     torch.testing.assert_close(joined, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_group_of_one_process_talks_to_nobody(run, monkeypatch):
+    """vLLM makes one in the trainer's process."""
+    inputs = torch.randn(2), *torch.randn(3, 2, 9), torch.ones(2, 9)
+    expected = run(*inputs, kl_coef=0.1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for collective in ("all_reduce", "all_gather"):
+            monkeypatch.setattr(dist, collective, None)
+        assert all(map(torch.equal, run(*inputs, kl_coef=0.1), expected))
+    finally:
+        dist.destroy_process_group()
