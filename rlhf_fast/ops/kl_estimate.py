@@ -37,12 +37,12 @@ def kl_estimate_reference(
         value = u.abs()
     if not unbiased_gradient:
         return value
-    # Infinite ones would make NaN of the 0 that is added.
+    # An infinite one would make NaN of the 0 that is added.
     score = u.detach().clamp(-2 * HUGE, 2 * HUGE)
     if old_logprobs is not None:
         log_weight = logprobs.detach() - old_logprobs.detach().to(dtype)
         score = score * log_weight.clamp(max=MAX_LOG_RATIO).exp()
-    # Adds exactly 0 to the value, and d logprobs to its derivative, but none of an infinite one.
+    # Adds exactly 0 to the value, and d logprobs to its derivative where they are finite.
     nothing = (logprobs - logprobs.detach()).nan_to_num(0.0)
     return value.detach() + score * nothing
 
