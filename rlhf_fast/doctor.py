@@ -46,7 +46,7 @@ def _versions() -> list[str]:
             else f"{package} {found}"
         )
     builds = [f"{name} {number}" for name in VLLM if (number := _version(name)) is not None]
-    return [*lines, *(builds or [f"vllm is not installed{_extra('vllm')}"])]
+    return [*lines, *(builds or ["vllm is not installed (optional: see rollouts below)"])]
 
 
 def _version(package: str) -> str | None:
@@ -57,7 +57,7 @@ def _version(package: str) -> str | None:
 
 
 def _extra(package: str) -> str:
-    extra = {"triton": "triton", "vllm": "vllm", "peft": "lora"}.get(package)
+    extra = {"triton": "triton", "peft": "lora"}.get(package)
     return f" (optional: `pip install rlhf-fast[{extra}]`)" if extra else ""
 
 

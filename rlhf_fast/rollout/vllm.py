@@ -216,10 +216,14 @@ class VLLMEngine:
         A probe in half precision cannot see a small update that got lost; the sum over all weights
         can. What vLLM's own has beyond that of the tensors (padding) never changes.
         """
-        expected = len(self.source.manifest)
-        if sent.tensors != expected:
+        expected = self.source.manifest
+        missing = [name for name in expected if name not in sent.names]
+        if missing or sent.tensors != len(expected):
+            taken = len(expected) - len(missing)
             raise RolloutMismatch(
-                f"vLLM took {sent.tensors} of {expected} tensors; its weights are incomplete"
+                f"vLLM took {taken} of {len(expected)} tensors, "
+                + (f"not {missing[0]}" if missing else "and some twice")
+                + "; its weights are incomplete, or a mixture"
             )
         held = self._vllm.sum() if self._sums else None
         if held is None:
@@ -294,16 +298,18 @@ class _Counted:
     """The weights of a source, to be taken once, and what was taken.
 
     Attributes:
+        names: In the checkpoint.
         tensors, bytes: So many.
         sum, magnitude: Of all elements as `dtype` and of their absolute values, if there is one.
     """
 
     def __init__(self, source: WeightSource, dtype: torch.dtype | None) -> None:
-        self._items, self._dtype = iter(source), dtype
+        self._items, self._dtype, self.names = iter(source), dtype, set[str]()
         self.tensors, self.bytes, self.sum, self.magnitude = 0, 0, 0.0, 0.0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._items:
+            self.names.add(name)
             self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
             if self._dtype is not None:
                 cast = tensor.to(self._dtype)

@@ -313,6 +313,41 @@ def test_weights_that_vllm_did_not_take_are_noticed(engine, monkeypatch):
         engine.update_weights(engine.source, 1)
 
 
+class _Mangled(WeightSource):
+    """Sends what `mangle` makes of the weights."""
+
+    mangle = None
+
+    def __iter__(self):
+        return iter(self.mangle(list(super().__iter__())))
+
+
+MANGLED = {
+    "q of a fused layer": (lambda items: [x for x in items if "q_proj" in x[0]], "took 2 of 20"),
+    "without a layer": (lambda items: [x for x in items if "s.1." not in x[0]], "took 11 of 20"),
+    "one in another's place": (
+        lambda items: [items[0] if "norm" in x[0] else x for x in items], r"took 15 .*norm\.weight",
+    ),
+    "one twice": (lambda items: [*items, items[0]], r"took 20 of 20 tensors, and some twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", MANGLED)
+def test_a_source_that_does_not_send_each_tensor_once_is_noticed(how, engine):
+    """vLLM itself says nothing, and goes on with garbage, or with a mixture of old and new."""
+    source, (mangle, message) = (
+        _Mangled(engine.model, vocabulary=len(engine.tokenizer)),
+        MANGLED[how],
+    )
+    source.mangle = mangle
+    with pytest.raises(RolloutMismatch, match=message):
+        engine.update_weights(source, 1)
+    with pytest.raises(RuntimeError, match="no complete weights"):
+        engine.generate(PROMPTS, Sampling(2))
+    engine.update_weights(source_of(engine), 2)
+    assert mismatch(engine).max_abs < 1e-3
+
+
 def test_what_the_source_finds_wrong_leaves_the_engine_as_it_was(tokenizer):
     model = qwen2(tokenizer, True)
     engine = start("vllm", model, tokenizer)
