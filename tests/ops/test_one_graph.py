@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -40,15 +41,21 @@ OPS: dict[Any, Callable[[int], tuple[Tensor, ...]]] = {
 }
 
 
+COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="Inductor needs a C++ compiler"
+)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-def test_one_graph_serves_all_lengths_and_temperatures(op: Any) -> None:
+def test_one_graph_serves_all_lengths_and_temperatures(op: Any, backend: str) -> None:
     def loss(temperature: float, *inputs: Tensor) -> Tensor:
         out = op(*inputs, temperature=temperature)
         return out.sum() if isinstance(out, Tensor) else (out[0] - 0.3 * out[1]).sum()
 
-    # A backend with AOTAutograd: Dynamo alone leaves a float open that this binds to its value.
+    # Backends with AOTAutograd: Dynamo alone leaves a float open that they bind to its value.
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend(backend)
     compiled = torch.compile(loss, fullgraph=True, backend=graphs)
     for rows in range(4, 16):
         inputs = OPS[op](rows)
