@@ -99,19 +99,18 @@ class ActorCritic(nn.Module):
         self, rollout: Rollout, temperature: float, ref: Policy | None = None
     ) -> Evaluation:
         """Evaluates the sampled tokens of `rollout`; with `ref`, also the exact KL from it."""
-        output = self.policy(rollout.tokens, rollout.mask, rollout.targets, temperature, ref)
-        start = rollout.prompt_length
-        # The state before token t is the trunk's output at token t - 1.
+        batch = rollout.flush_left()
+        targets = batch.targets
+        output = self.policy(batch.tokens, batch.mask, targets, temperature, ref)
         values = None
         if self.head is not None:
-            values = self.head(output.hidden[:, start - 1 : -1])
+            values = self.head(output.hidden)
         elif self.critic is not None:
-            values = self.critic(rollout.tokens, rollout.mask)[:, start - 1 : -1]
-        if values is not None:
-            values = values.masked_fill(~rollout.completion_mask, 0.0)
+            values = self.critic(batch.tokens, batch.mask)
+        # The state before token t is the trunk's output at token t - 1.
         return Evaluation(
-            logprobs=output.logprobs[:, start:],
-            entropy=output.entropy[:, start:],
-            values=values,
-            kl=None if output.kl is None else output.kl[:, start:],
+            logprobs=rollout.place(output.logprobs[targets]),
+            entropy=rollout.place(output.entropy[targets]),
+            values=None if values is None else rollout.place(values[:, :-1][targets[:, 1:]]),
+            kl=None if output.kl is None else rollout.place(output.kl[targets]),
         )

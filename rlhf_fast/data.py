@@ -91,6 +91,37 @@ class Rollout(_Rows):
         return torch.cat([padding, self.completion_mask], dim=1)
 
     @property
+    def lengths(self) -> Tensor:
+        """int64 `[B]`: columns from each row's first token to its last sampled one, at least 1."""
+        return self._extents()[1]
+
+    def _extents(self) -> tuple[Tensor, Tensor]:
+        """int64 `[B]` each: the column of the row's first token, and its length."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        # What a first sampled token is predicted from stays, even where the prompt is empty.
+        before = max(self.prompt_length - 1, 0)
+        first = torch.where(self.mask, columns, before).amin(1).clamp(max=before)
+        end = torch.where(self.targets, columns + 1, 0).amax(1)
+        return first, (end - first).clamp(min=1)
+
+    def flush_left(self) -> TokenBatch:
+        """The rows for a model to read: `[B, max(lengths)]`, each from column 0 on.
+
+        So they take no more columns than the longest row has tokens, however prompts and
+        completions were padded, and padding stands where no token sees it.
+        """
+        first, lengths = self._extents()
+        columns = torch.arange(int(lengths.max()), device=first.device)
+        # Beyond the row's end comes its beginning: what it was padded with on the left.
+        columns = (first[:, None] + columns) % self.tokens.shape[1]
+        return TokenBatch(*(x.gather(1, columns) for x in (self.tokens, self.mask, self.targets)))
+
+    def place(self, x: Tensor) -> Tensor:
+        """`[B, T]`: `x` [n], a number for each sampled token, row by row; 0 where there is none."""
+        mask = self.completion_mask
+        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+    @property
     def finish_reasons(self) -> list[str]:
         """Of each completion: "stop" (an EOS or stop token) or "length" (it was cut off)."""
         return ["stop" if finished else "length" for finished in self.finished.tolist()]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast._adapters import adapted
+from rlhf_fast.data import Rollout
 from rlhf_fast.lora import frozen_copy, language_model
 from rlhf_fast.models import evaluating, hidden_states, model_inputs
 from rlhf_fast.ops import full_kl, linear_kl, linear_logprobs, token_logprobs
@@ -162,6 +163,12 @@ class Policy(nn.Module):
             None if ref is None else self._exact_kl(ref, hidden, tokens, mask, targets, temperature)
         )
         return PolicyOutput(logprobs, entropy, hidden, kl)
+
+    def logprobs_of(self, rollout: Rollout, temperature: float) -> Tensor:
+        """fp32 `[B, T]`, of the sampled tokens of `rollout`; 0 elsewhere."""
+        batch = rollout.flush_left()
+        output = self(batch.tokens, batch.mask, batch.targets, temperature)
+        return rollout.place(output.logprobs[batch.targets])
 
     def _exact_kl(
         self,

@@ -29,7 +29,13 @@ def experience_of(trainer, scores):
     """What a first step would learn from: 8 completions of 2 prompts, 4 each."""
     rollout = trainer.generate([p for p in PROMPTS[:2] for _ in range(4)])
     return make_experience(
-        trainer._module, trainer.ref, rollout, scores, trainer.config, trainer.kl_coef, 8
+        trainer._module,
+        trainer.ref,
+        rollout,
+        scores,
+        trainer.config,
+        trainer.kl_coef,
+        [torch.arange(8)],
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from rlhf_fast.config import ConfigError
-from rlhf_fast.data import batch_indices
+from rlhf_fast.config import ConfigError, PPOConfig
+from rlhf_fast.data import Rollout, batch_indices
 from rlhf_fast.trainers.run import Run
 
 
@@ -35,3 +37,20 @@ def pieces_of(run: Run, step: int, lengths: Tensor) -> list[Tensor]:
     index = batch_indices(step, len(lengths), config.batch_size, config.seed)
     index = index[lengths[index].argsort(stable=True)]
     return [run.local(piece) for piece in index.split(config.micro_batch)]
+
+
+def minibatches(
+    run: Run, config: PPOConfig, rollout: Rollout, epoch: int
+) -> Iterator[list[Tensor]]:
+    """Row numbers of the minibatches of an epoch of PPO, each in micro-batches.
+
+    Minibatches are drawn at random from this process's `rollout`. Within one the order is free, so
+    rows of like length are put into one micro-batch, the longest first: what is freed after it is
+    room for all that follow.
+    """
+    seed = (config.seed * 1_000_003 + run.step) * 101 + epoch
+    order = torch.randperm(len(rollout), generator=torch.Generator().manual_seed(seed))
+    lengths = rollout.lengths.cpu()
+    for index in order.split(config.batch_size // run.world):
+        index = index[lengths[index].argsort(stable=True, descending=True)]
+        yield list(index.to(run.device).split(config.micro_batch // run.world))

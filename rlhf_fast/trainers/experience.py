@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def make_experience(
     scores: Tensor,
     config: PPOConfig,
     kl_coef: float,
-    micro_batch_size: int,
+    pieces: Sequence[Tensor],
 ) -> Experience:
     """Evaluates `rollout` under policy, reference and critic, and forms the advantages.
 
@@ -62,22 +63,24 @@ def make_experience(
         scores: `[B]`, the reward function's verdicts.
         config: Loss, discounts, penalties, whitening.
         kl_coef: Current coefficient of the KL in the reward.
-        micro_batch_size: Sequences a forward pass.
+        pieces: Row numbers of each forward pass, all together every row once. In the micro-batches
+            of the first pass of `update` the ratio is then exactly 1: the same sums in the same
+            order.
     """
     old_logprobs, ref_logprobs, values = [], [], []
     with evaluating(actor_critic):
-        for index in torch.arange(len(rollout), device=scores.device).split(micro_batch_size):
+        for index in pieces:
             piece = rollout.select(index)
             evaluation = actor_critic(piece, config.temperature)
-            reference = ref(piece.tokens, piece.mask, piece.targets, config.temperature)
             old_logprobs.append(evaluation.logprobs)
-            ref_logprobs.append(reference.logprobs[:, piece.prompt_length :])
+            ref_logprobs.append(ref.logprobs_of(piece, config.temperature))
             values.append(evaluation.values)
-    scored = _Scored(rollout, scores, torch.cat(old_logprobs), torch.cat(ref_logprobs))
+    back = torch.cat(list(pieces)).argsort()
+    scored = _Scored(rollout, scores, *(torch.cat(x)[back] for x in (old_logprobs, ref_logprobs)))
     if PRESETS[config.loss].needs_groups:
         return Experience(*scored, _group_advantages(scored, config, kl_coef))
     if PRESETS[config.loss].needs_critic:
-        value = torch.cat(values)
+        value = torch.cat(values)[back]
         advantages, returns = _critic_advantages(scored, value, config, kl_coef)
         return Experience(*scored, advantages, value, returns)
     # A critic that says 0 everywhere leaves the discounted returns.

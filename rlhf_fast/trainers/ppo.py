@@ -24,6 +24,7 @@ from rlhf_fast.rollout import RolloutConfig, RolloutEngine
 from rlhf_fast.scalar_models import ScalarModel
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.actors import make_actors
+from rlhf_fast.trainers.batches import minibatches
 from rlhf_fast.trainers.experience import correct, describe, make_experience
 from rlhf_fast.trainers.rollouts import Rollouts, check_correction, check_rollout, prompt_ids
 from rlhf_fast.trainers.run import Run
@@ -246,16 +247,16 @@ class PPOTrainer:
             )
         scores = check_rollout(rollout, scores, config, run)
         self.rollouts.release()
-        micro_batch = config.micro_batch // run.world
+        rollout = rollout.to(run.device)
         with run.accelerator.autocast():  # the reference, too, in the policy's precision
             experience = make_experience(
                 self._module,
                 self.ref,
-                rollout.to(run.device),
+                rollout,
                 scores,
                 config,
                 self.kl_coef,
-                micro_batch,
+                [rows for batch in minibatches(run, config, rollout, epoch=0) for rows in batch],
             )
             truncated = config.top_k > 0 or config.top_p < 1
             experience, mismatch = correct(experience, self.rollouts.config, truncated=truncated)

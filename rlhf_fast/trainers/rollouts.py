@@ -202,11 +202,7 @@ class Rollouts:
         return Probe(int(count), float(most.amax()), float((tokens * mean).sum() / count))
 
     def _score(self, rollout: Rollout) -> Tensor:
-        rollout = rollout.to(self._run.device)
-        scored = self._policy(
-            rollout.tokens, rollout.mask, rollout.targets, self._config.temperature
-        )
-        return scored.logprobs[:, rollout.prompt_length :]
+        return self._policy.logprobs_of(rollout.to(self._run.device), self._config.temperature)
 
 
 def check_rollout(

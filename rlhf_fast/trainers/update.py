@@ -13,6 +13,7 @@ from rlhf_fast.data import Experience
 from rlhf_fast.ops import policy_loss, value_loss
 from rlhf_fast.policy import Policy
 from rlhf_fast.presets import PRESETS
+from rlhf_fast.trainers.batches import minibatches
 from rlhf_fast.trainers.run import Metrics, Run
 
 
@@ -31,18 +32,13 @@ def update(
         The last pass's metrics, means over its minibatches.
     """
     actor_critic.train()  # dropout is off all the same; checkpointing of activations needs it
-    size, batch = len(experience.rollout), config.batch_size // run.world
     metrics: list[Metrics] = []
     for epoch in range(config.epochs):
-        seed = (config.seed * 1_000_003 + run.step) * 101 + epoch
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
         metrics = []
-        for index in order.to(run.device).split(batch):
-            minibatch = experience.select(index)
-            mask = minibatch.rollout.completion_mask
+        for rows in minibatches(run, config, experience.rollout, epoch):
+            mask = experience.rollout.completion_mask[torch.cat(rows)]
             counts = run.total(torch.stack([mask.sum(), mask.any(1).sum()]))
-            rows = torch.arange(len(index), device=run.device)
-            pieces = [minibatch.select(i) for i in rows.split(config.micro_batch // run.world)]
+            pieces = [experience.select(index) for index in rows]
             loss = partial(ppo_loss, actor_critic, ref, config=config, counts=counts)
             metrics.append(run.optimize(actor_critic, optimizer, schedule, pieces, loss))
     sums = [run.reduce(part) for part in metrics]
