@@ -11,7 +11,7 @@ import torch
 
 if find_spec("pydantic") is None:
     # A bare GPU machine: the ops need torch alone, and are measured without engines and trainers.
-    collect_ignore = ["bench_lora.py", "bench_ppo.py", "bench_rollout.py"]
+    collect_ignore = ["bench_lora.py", "bench_padding.py", "bench_ppo.py", "bench_rollout.py"]
 
 
 def pytest_report_header() -> str | None:

@@ -38,7 +38,7 @@ def ragged(logprobs=True):
     for i in range(0, 8, 2):
         prompts[i + 1] = prompts[i]
     completions = [draw(n) for n in COMPLETION]
-    given = [[-5.4 - i / 8] * n for i, n in enumerate(COMPLETION)] if logprobs else None
+    given = [[-6.0 - i / 8] * n for i, n in enumerate(COMPLETION)] if logprobs else None
     return Rollout.from_lists(prompts, completions, pad_id=1, logprobs=given)
 
 

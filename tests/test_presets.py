@@ -28,15 +28,8 @@ def config_of(loss, **changes):
 def experience_of(trainer, scores):
     """What a first step would learn from: 8 completions of 2 prompts, 4 each."""
     rollout = trainer.generate([p for p in PROMPTS[:2] for _ in range(4)])
-    return make_experience(
-        trainer._module,
-        trainer.ref,
-        rollout,
-        scores,
-        trainer.config,
-        trainer.kl_coef,
-        [torch.arange(8)],
-    )
+    settings = (trainer.config, trainer.kl_coef, [torch.arange(8)])
+    return make_experience(trainer._module, trainer.ref, rollout, scores, *settings)
 
 
 @pytest.mark.parametrize("loss", PRESETS)

@@ -248,15 +248,10 @@ class PPOTrainer:
         scores = check_rollout(rollout, scores, config, run)
         self.rollouts.release()
         rollout = rollout.to(run.device)
+        pieces = [rows for batch in minibatches(run, config, rollout, 0) for rows in batch]
         with run.accelerator.autocast():  # the reference, too, in the policy's precision
             experience = make_experience(
-                self._module,
-                self.ref,
-                rollout,
-                scores,
-                config,
-                self.kl_coef,
-                [rows for batch in minibatches(run, config, rollout, epoch=0) for rows in batch],
+                self._module, self.ref, rollout, scores, config, self.kl_coef, pieces
             )
             truncated = config.top_k > 0 or config.top_p < 1
             experience, mismatch = correct(experience, self.rollouts.config, truncated=truncated)
