@@ -32,7 +32,7 @@ from rlhf_fast import PPOConfig, PPOTrainer
 from rlhf_fast.data import Rollout, TokenBatch
 from rlhf_fast.scratch import train_tokenizer
 
-SIZE, MICRO_BATCH, ROUNDS = 64, 8, 5
+SIZE, MICRO_BATCH, ROUNDS = 64, 8, 7
 # Median, spread (of the logarithm) and greatest length of prompts and of completions, and how many
 # completions a prompt has: an eighth to a quarter of the tokens that such data have.
 LENGTHS = {
