@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fast import PPOConfig, PPOTrainer
-from rlhf_fast.data import Rollout, TokenBatch
+from rlhf_fast.data import FlushLeft, Rollout
 from rlhf_fast.scratch import train_tokenizer
 
 SIZE, MICRO_BATCH, ROUNDS = 64, 8, 7
@@ -78,18 +78,26 @@ def at_fixed_lengths(rollout: Rollout, distribution: str) -> Rollout:
     )
 
 
-def all_columns(rollout: Rollout) -> TokenBatch:
-    return TokenBatch(rollout.tokens, rollout.mask, rollout.targets)
+def all_columns(rollout: Rollout) -> FlushLeft:
+    return cut(rollout, 0, rollout.tokens.shape[1])
 
 
-def columns_in_use(rollout: Rollout) -> TokenBatch:
+def columns_in_use(rollout: Rollout) -> FlushLeft:
     used = rollout.mask.any(0).nonzero()
-    columns = slice(int(used.min()), int(used.max()) + 1)
-    batch = all_columns(rollout)
-    return TokenBatch(batch.tokens[:, columns], batch.mask[:, columns], batch.targets[:, columns])
+    return cut(rollout, int(used.min()), int(used.max()) + 1)
 
 
-LAYOUTS: dict[str, tuple[Callable[[Rollout], TokenBatch] | None, bool]] = {
+def cut(rollout: Rollout, start: int, end: int) -> FlushLeft:
+    sampled = rollout.completion_mask
+    columns = torch.arange(rollout.prompt_length, rollout.tokens.shape[1]) - start
+    return FlushLeft(
+        *(x[:, start:end] for x in (rollout.tokens, rollout.mask, rollout.targets)),
+        columns=columns.clamp(max=end - start - 1).expand_as(sampled),
+        sampled=sampled,
+    )
+
+
+LAYOUTS: dict[str, tuple[Callable[[Rollout], FlushLeft] | None, bool]] = {
     OURS: (None, True),
     CUT: (columns_in_use, True),
     COLUMNS: (all_columns, False),

@@ -100,17 +100,18 @@ class ActorCritic(nn.Module):
     ) -> Evaluation:
         """Evaluates the sampled tokens of `rollout`; with `ref`, also the exact KL from it."""
         batch = rollout.flush_left()
-        targets = batch.targets
-        output = self.policy(batch.tokens, batch.mask, targets, temperature, ref)
+        output = self.policy(batch.tokens, batch.mask, batch.targets, temperature, ref)
         values = None
         if self.head is not None:
             values = self.head(output.hidden)
         elif self.critic is not None:
             values = self.critic(batch.tokens, batch.mask)
-        # The state before token t is the trunk's output at token t - 1.
+        if values is not None:
+            # The state before token t is the trunk's output at token t - 1.
+            values = batch.completions(nn.functional.pad(values[:, :-1], (1, 0)))
         return Evaluation(
-            logprobs=rollout.place(output.logprobs[targets]),
-            entropy=rollout.place(output.entropy[targets]),
-            values=None if values is None else rollout.place(values[:, :-1][targets[:, 1:]]),
-            kl=None if output.kl is None else rollout.place(output.kl[targets]),
+            logprobs=batch.completions(output.logprobs),
+            entropy=batch.completions(output.entropy),
+            values=values,
+            kl=None if output.kl is None else batch.completions(output.kl),
         )

@@ -51,6 +51,23 @@ class TokenBatch(_Rows):
 
 
 @dataclasses.dataclass(frozen=True)
+class FlushLeft(TokenBatch):
+    """The rows of a rollout for a model to read, each from column 0 on.
+
+    Attributes:
+        columns: int64 `[B, T]`, where each sampled token stands; of no meaning for the others.
+        sampled: bool `[B, T]`, the rollout's `completion_mask`.
+    """
+
+    columns: Tensor
+    sampled: Tensor
+
+    def completions(self, x: Tensor) -> Tensor:
+        """`[B, T]`: what `x` `[B, L]` holds for the sampled tokens, 0 elsewhere."""
+        return x.gather(1, self.columns).masked_fill(~self.sampled, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout(_Rows):
     """Sampled completions.
 
@@ -104,22 +121,24 @@ class Rollout(_Rows):
         end = torch.where(self.targets, columns + 1, 0).amax(1)
         return first, (end - first).clamp(min=1)
 
-    def flush_left(self) -> TokenBatch:
+    def flush_left(self) -> FlushLeft:
         """The rows for a model to read: `[B, max(lengths)]`, each from column 0 on.
 
         So they take no more columns than the longest row has tokens, however prompts and
         completions were padded, and padding stands where no token sees it.
         """
         first, lengths = self._extents()
-        columns = torch.arange(int(lengths.max()), device=first.device)
+        within = torch.arange(self.tokens.shape[1], device=first.device)
+        width, start = int(lengths.max()), self.prompt_length
         # Beyond the row's end comes its beginning: what it was padded with on the left.
-        columns = (first[:, None] + columns) % self.tokens.shape[1]
-        return TokenBatch(*(x.gather(1, columns) for x in (self.tokens, self.mask, self.targets)))
-
-    def place(self, x: Tensor) -> Tensor:
-        """`[B, T]`: `x` [n], a number for each sampled token, row by row; 0 where there is none."""
-        mask = self.completion_mask
-        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+        columns = (first[:, None] + within[:width]) % len(within)
+        return FlushLeft(
+            tokens=self.tokens.gather(1, columns),
+            mask=self.mask.gather(1, columns),
+            targets=self.targets.gather(1, columns),
+            columns=(within[start:] - first[:, None]).clamp(max=width - 1),
+            sampled=self.completion_mask,
+        )
 
     @property
     def finish_reasons(self) -> list[str]:

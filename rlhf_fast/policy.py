@@ -168,7 +168,7 @@ class Policy(nn.Module):
         """fp32 `[B, T]`, of the sampled tokens of `rollout`; 0 elsewhere."""
         batch = rollout.flush_left()
         output = self(batch.tokens, batch.mask, batch.targets, temperature)
-        return rollout.place(output.logprobs[batch.targets])
+        return batch.completions(output.logprobs)
 
     def _exact_kl(
         self,

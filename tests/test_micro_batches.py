@@ -13,7 +13,7 @@ import torch
 from trainer_cases import PROMPTS, assert_same, length_reward, ppo_config, weights
 
 from rlhf_fast import PPOTrainer, RewardModel
-from rlhf_fast.data import Rollout, TokenBatch
+from rlhf_fast.data import FlushLeft, Rollout
 from rlhf_fast.presets import PRESETS
 from rlhf_fast.scratch import tiny_llama, train_tokenizer
 from rlhf_fast.trainers.batches import minibatches
@@ -59,9 +59,13 @@ def widened(rollout, left=3, right=4):
 
 def reading_padded(monkeypatch):
     """Every column of the rollout is read, in micro-batches of rows as they were drawn."""
-    monkeypatch.setattr(
-        Rollout, "flush_left", lambda self: TokenBatch(self.tokens, self.mask, self.targets)
-    )
+
+    def as_they_are(rollout):
+        sampled = rollout.completion_mask
+        columns = torch.arange(rollout.prompt_length, rollout.tokens.shape[1]).expand_as(sampled)
+        return FlushLeft(rollout.tokens, rollout.mask, rollout.targets, columns, sampled)
+
+    monkeypatch.setattr(Rollout, "flush_left", as_they_are)
     monkeypatch.setattr(Rollout, "lengths", property(lambda self: self.finished.long() * 0))
 
 
@@ -102,11 +106,7 @@ def test_rows_begin_in_the_first_column_and_end_with_their_last_sampled_token():
     assert batch.mask.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 1, 0, 0, 0]]
     assert batch.targets.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 0]]
     assert batch.tokens[batch.targets].tolist() == [7, 8, 8, 3]
-    assert rollout.place(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [
-        [1.0, 2.0, 0.0],
-        [0.0, 3.0, 0.0],
-        [4.0, 0.0, 0.0],
-    ]
+    assert batch.completions(batch.tokens * 1.0).tolist() == [[7, 8, 0], [0, 8, 0], [3, 0, 0]]
 
 
 def test_columns_that_no_row_uses_are_not_read():

@@ -149,7 +149,7 @@ def test_whitened_rewards_have_the_deviation_1_and_the_mean_that_they_had(model,
     )  # fmt: skip
     torch.nn.init.normal_(trainer._module.critic.head.weight)
     rollout, scores = trainer.generate(PROMPTS[:8]), torch.arange(8.0)
-    given = (trainer._module, trainer.ref, rollout, scores, config, 0.3, 8)
+    given = (trainer._module, trainer.ref, rollout, scores, config, 0.3, [torch.arange(8)])
     experience = make_experience(*given)
     kl = experience.old_logprobs - experience.ref_logprobs
     rewards = [-0.3 * x[keep] for x, keep in zip(kl, rollout.completion_mask, strict=True)]
