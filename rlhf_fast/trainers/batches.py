@@ -30,13 +30,11 @@ def count_steps(size: int, batch_size: int, epochs: float) -> int:
 def pieces_of(run: Run, step: int, lengths: Tensor) -> list[Tensor]:
     """Row numbers of the micro-batches of `step`, this process's share of each.
 
-    Within a batch the order is free, so rows of like length (`lengths` [rows], in tokens) are put
-    into one micro-batch: less padding, the same sum.
+    `lengths` [rows] are in tokens.
     """
     config = run.config
     index = batch_indices(step, len(lengths), config.batch_size, config.seed)
-    index = index[lengths[index].argsort(stable=True)]
-    return [run.local(piece) for piece in index.split(config.micro_batch)]
+    return [run.local(piece) for piece in _longest_first(index, lengths).split(config.micro_batch)]
 
 
 def minibatches(
@@ -44,13 +42,20 @@ def minibatches(
 ) -> Iterator[list[Tensor]]:
     """Row numbers of the minibatches of an epoch of PPO, each in micro-batches.
 
-    Minibatches are drawn at random from this process's `rollout`. Within one the order is free, so
-    rows of like length are put into one micro-batch, the longest first: what is freed after it is
-    room for all that follow.
+    Minibatches are drawn at random from this process's `rollout`.
     """
     seed = (config.seed * 1_000_003 + run.step) * 101 + epoch
     order = torch.randperm(len(rollout), generator=torch.Generator().manual_seed(seed))
     lengths = rollout.lengths.cpu()
     for index in order.split(config.batch_size // run.world):
-        index = index[lengths[index].argsort(stable=True, descending=True)]
-        yield list(index.to(run.device).split(config.micro_batch // run.world))
+        index = _longest_first(index, lengths).to(run.device)
+        yield list(index.split(config.micro_batch // run.world))
+
+
+def _longest_first(index: Tensor, lengths: Tensor) -> Tensor:
+    """The rows `index` of a batch in an order that puts those of like length into one micro-batch.
+
+    Within a batch the order is free: less padding, the same sum. What the longest leave behind is
+    room for all that follow.
+    """
+    return index[lengths[index].argsort(stable=True, descending=True)]
