@@ -58,9 +58,11 @@ test-emulated: $(READY)  ## the CUDA kernels in their emulator, on a CPU
 # In processes side by side where pytest-xdist is there: most of the time compiles Triton's kernels.
 # vLLM's with nothing beside them, since vLLM measures the GPU's memory; 5: FILES holds none of them.
 test-gpu:  ## the GPU tests, with the current Python and without the network
+	failed=0; \
 	python3 -m pytest -m "gpu and not vllm" \
-		$$(python3 -c 'import xdist; print("-n 8")' 2>/dev/null) $(FILES)
-	python3 -m pytest -m "gpu and vllm" -rs $(FILES) || [ $$? = 5 ]
+		$$(python3 -c 'import xdist; print("-n 8")' 2>/dev/null) $(FILES) || [ $$? = 5 ] || failed=1; \
+	python3 -m pytest -m "gpu and vllm" -rs $(FILES) || [ $$? = 5 ] || failed=1; \
+	exit $$failed
 
 # Our dependencies without our build: the tests run the checkout itself. Then the peers, whose own
 # requirements are not wanted, and which know no Python beyond 3.12.

@@ -48,7 +48,7 @@ def verdicts(bar: Bar, rows: dict[str, Row]) -> list[str]:
     if bar.rival not in rows:
         return [f"{bar.contender}: {bar.rival} was not measured, a bar is open"]
     ours, theirs = rows[bar.contender], rows[bar.rival]
-    lines = []
+    lines: list[str] = []
 
     def say(found: str, met: bool) -> None:
         lines.append(f"{found}: {'met' if met else 'MISSED'}")

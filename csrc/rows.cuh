@@ -110,8 +110,8 @@ struct Pack {
   static constexpr int kPerWord = 4 / sizeof(T), kWords = kLanes / kPerWord;
   uint32_t words[kWords];
 
-  // Aligned elements are not read twice, so they should not push others out of the caches; of the
-  // others a load takes one in 4 to 8 from a line, and the next find it there.
+  // No aligned element is read twice, so none should push others out of the caches. Elements that
+  // are not aligned come one by one: those beside the first have to find their line there.
   RLHF_DEVICE void load(const T* from, bool aligned) {
     if (aligned) {
 #pragma unroll
@@ -215,8 +215,8 @@ RLHF_DEVICE float missing(const Scaling& s, float l) {
   return e / (1 + e);
 }
 
-// cap * tanh(x): near 0 l * scale * tanh(x) / x, by a minimax fit of relative error 4e-9, else the
-// cap less what is missing. Either rounds y about once, where tanhf and a product do so three times.
+// cap * tanh(x): near 0 l * scale * tanh(x) / x, by a minimax fit of relative error 7e-9, else the
+// cap less what is missing. Both round less often than x, tanhf and its product with the cap.
 RLHF_DEVICE float capped(const Scaling& s, float l) {
   const float x = l * s.inner, square = x * x, y = l * s.scale;
   float excess = -0.00574301044f;

@@ -43,7 +43,7 @@ struct Forward {
 };
 
 // The state of the columns of a range that this warp takes. Which ones depends on their number
-// alone, not on where they lie: a row's bits are the same in every tensor.
+// alone, not on where they lie, and so a row's bits do not either.
 template <bool kPlain, bool kAligned, typename T>
 RLHF_DEVICE RowSums scan(const T* logits, int columns, const Scaling& scaling, float unit) {
   constexpr int kLanes = 16 / sizeof(T), kPacks = 4, kTile = kPacks * kWarp;

@@ -117,7 +117,7 @@ class Rollout(_Rows):
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         # What a first sampled token is predicted from stays, even where the prompt is empty.
         before = max(self.prompt_length - 1, 0)
-        first = torch.where(self.mask, columns, before).amin(1).clamp(max=before)
+        first = torch.where(self.mask, columns, before).amin(1)
         end = torch.where(self.targets, columns + 1, 0).amax(1)
         return first, (end - first).clamp(min=1)
 

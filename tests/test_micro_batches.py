@@ -119,6 +119,14 @@ def test_columns_that_no_row_uses_are_not_read():
     assert torch.equal(narrow.tokens[narrow.mask], rollout.tokens[rollout.mask])
 
 
+def test_a_long_prompt_beside_a_long_completion_shows_no_token_twice():
+    rollout = Rollout.from_lists([[5], [6] * 11], [[7] * 14, [8] * 9], pad_id=1)
+    batch = rollout.flush_left()
+    assert batch.tokens.shape == (2, 20)
+    assert batch.mask.sum(1).tolist() == [15, 20] and batch.targets.sum(1).tolist() == [14, 9]
+    assert batch.tokens[batch.mask].tolist() == rollout.tokens[rollout.mask].tolist()
+
+
 def test_a_row_in_which_nothing_was_sampled_takes_a_column():
     rollout = ragged()
     nothing = torch.zeros_like(rollout.completion_mask)
@@ -155,7 +163,7 @@ def test_rows_of_equal_length_keep_the_order_in_which_they_were_drawn(model, tok
     assert torch.equal(torch.cat(pieces), drawn)
 
 
-def tokens_read(models, monkeypatch):
+def tokens_read(models):
     """Counts the tokens that go through each trunk, from now on."""
     counts = dict.fromkeys(models, 0)
 
@@ -183,7 +191,7 @@ def test_trunks_read_no_more_than_the_longest_row_of_a_micro_batch(
         "ref": trainer.ref.model.base_model,
         "critic": trainer._module.critic.model,
     }
-    counts = tokens_read(trunks, monkeypatch)
+    counts = tokens_read(trunks)
     trainer.step(ragged(), SCORES)
     one_pass = 2 * (20 + 13 + 9 + 8) if how == "flush" else 8 * PADDED
     # The experience and three passes; the reference comes into the loss.

@@ -86,10 +86,11 @@ def _forward(
     tiles = make_tiles(hidden.shape[0], weight.shape[0], hidden.device.type)
     all_kept = kept_tiles == tiles.count
     scratch = [scratch_tile(tiles, stats.dtype, hidden.device, not all_kept) for _ in heads]
+    slope = scratch_tile(tiles, heads[0].work, hidden.device, direct)
     for rows in tiles.row_slices():
         part = scaling.rows(rows)
         state: Any = None
-        directly = _Direct(impl, heads[0], part, slopes[rows], backend) if direct else None
+        directly = _Direct(impl, heads[0], part, slope, slopes[rows], backend) if direct else None
         for columns in tiles.column_slices():
             weights = [head.weight_slice(columns) for head in heads]
             pair = []
@@ -109,9 +110,16 @@ class _Direct:
     """Sums d KL / d hidden of a chunk of rows into `out [R, D]`, beside the forward."""
 
     def __init__(
-        self, impl: Impl, head: Head, scaling: Scaling, out: Tensor, backend: str | None
+        self,
+        impl: Impl,
+        head: Head,
+        scaling: Scaling,
+        scratch: Tensor,
+        out: Tensor,
+        backend: str | None,
     ) -> None:
-        self.impl, self.head, self.scaling, self.out = impl, head, scaling, out
+        self.impl, self.head, self.scaling = impl, head, scaling
+        self.scratch, self.out = scratch, out
         logp = resolve("linear_logprobs", out.device, backend, out.dtype)
         self.logp_impl = logp or token_logprobs.REFERENCE
         self.plain = torch.zeros_like(out)  # B; `out` holds A
@@ -132,7 +140,7 @@ class _Direct:
         # The backward kernels, told that S = 0, write a_j e_j (g_j - "KL") and -(-a_j e_j).
         stats = torch.zeros_like(state)
         stats[0], stats[2], stats[4] = pivot(state[0]), pivot(state[2]), centre
-        tile = torch.empty_like(logits, dtype=self.head.work)
+        tile = as_tile(self.scratch, logits.shape[0], columns)
         ones = torch.ones_like(state[0])
         self.impl.backward(logits, ref_logits, stats, ones, *self.scaling, None, tile, None)
         product(tile, weight, self.out, accumulate=not first)

@@ -219,11 +219,10 @@ class VLLMEngine:
         expected = self.source.manifest
         missing = [name for name in expected if name not in sent.names]
         if missing or sent.tensors != len(expected):
-            taken = len(expected) - len(missing)
+            what = f"not {missing[0]}" if missing else f"and {sent.tensors - len(expected)} more"
             raise RolloutMismatch(
-                f"vLLM took {taken} of {len(expected)} tensors, "
-                + (f"not {missing[0]}" if missing else "and some twice")
-                + "; its weights are incomplete, or a mixture"
+                f"vLLM took {len(expected) - len(missing)} of {len(expected)} tensors, {what}; its "
+                "weights are incomplete, or a mixture"
             )
         held = self._vllm.sum() if self._sums else None
         if held is None:

@@ -8,7 +8,8 @@ from backend_cases import calls, cases
 
 from rlhf_fast import ops
 
-T, FAR = 40, 2**31 + 5
+# Of the third of rows so far apart the offset does not fit into 32 bits, but the distance does.
+T, FAR = 40, 2**30 + 5
 
 
 def outcome(op, call, scores, first, second, third, mask):
@@ -54,13 +55,13 @@ def assert_close(found, expected):
 def test_rows_far_apart(which, monkeypatch):
     """11 GB of addresses, of which a few pages are touched."""
     op, case = which
-    scores, *near = sample(2, T)
+    scores, *near = sample(3, T)
     expected = reference(op, (scores, *near))
     torch.use_deterministic_algorithms(False)  # it would fill the memory
-    numbers = torch.empty(FAR + 3 * T, device=case.device)
-    counts = torch.empty(FAR + T, dtype=torch.bool, device=case.device)
-    far = [numbers.as_strided((2, T), (FAR, 1), i * T) for i in range(3)]
-    far.append(counts.as_strided((2, T), (FAR, 1)))
+    numbers = torch.empty(2 * FAR + 3 * T, device=case.device)
+    counts = torch.empty(2 * FAR + T, dtype=torch.bool, device=case.device)
+    far = [numbers.as_strided((3, T), (FAR, 1), i * T) for i in range(3)]
+    far.append(counts.as_strided((3, T), (FAR, 1)))
     for view, x in zip(far, near, strict=True):
         view.copy_(x)
     for call in calls(op, getattr(ops, op), case, monkeypatch):

@@ -328,7 +328,7 @@ MANGLED = {
     "one in another's place": (
         lambda items: [items[0] if "norm" in x[0] else x for x in items], r"took 15 .*norm\.weight",
     ),
-    "one twice": (lambda items: [*items, items[0]], r"took 20 of 20 tensors, and some twice"),
+    "one twice": (lambda items: [*items, items[0]], r"took 20 of 20 tensors, and 1 more"),
 }  # fmt: skip
 
 

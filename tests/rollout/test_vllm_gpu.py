@@ -1,4 +1,8 @@
-"""vLLM on a GPU: what it samples from after it slept, and the memory that it gives back."""
+"""vLLM on a GPU: what it samples from after it slept, and the memory that it gives back.
+
+Each test in a process of its own: older vLLMs keep the memory of an engine that can sleep for the
+life of the process, and then refuse another.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from rollout_cases import PROMPTS, make_model, start
 from rlhf_fast.policy import Policy
 from rlhf_fast.rollout import probe, vllm_unavailable_reason
 from rlhf_fast.rollout.probe import TOLERANCES
+from rlhf_fast.scratch import train_tokenizer
 
 GPU = torch.device("cuda")
 pytestmark = [
@@ -25,22 +30,32 @@ def test_vllm_runs_on_this_gpu():
     assert vllm_unavailable_reason(GPU) is None
 
 
+def alone(check, *args):
+    """Runs `check(tokenizer, *args)` in a process of its own."""
+    torch.multiprocessing.spawn(_in_a_child, (check, args))
+
+
+def _in_a_child(rank, check, args):
+    check(train_tokenizer(["the cat sat on the mat and the dog ran"], 280), *args)
+
+
 @torch.no_grad()
 def mean_mismatch(engine, prompts):
     policy = Policy(engine.model, len(engine.tokenizer))
 
     def score(rollout):
-        scored = policy(rollout.tokens, rollout.mask, rollout.targets)
-        return scored.logprobs[:, rollout.prompt_length :]
+        return policy.logprobs_of(rollout, 1.0)
 
     return probe(engine, score, prompts).mean_abs
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", SINGLE), ("bfloat16", HALF)])
-def test_logprobs_agree_before_and_after_three_updates_with_sleep_between(
-    dtype, bound, level, tokenizer
-):
+def test_logprobs_agree_before_and_after_three_updates_with_sleep_between(dtype, bound, level):
+    alone(check_updates, dtype, bound, level)
+
+
+def check_updates(tokenizer, dtype, bound, level):
     model = make_model(tokenizer).to(GPU, getattr(torch, dtype))
     engine = start("vllm", model, tokenizer, sleep_level=level, gpu_memory_utilization=0.2)
     try:
@@ -60,7 +75,11 @@ def test_logprobs_agree_before_and_after_three_updates_with_sleep_between(
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_frees_the_kv_cache_and_generation_takes_it_again(level, tokenizer):
+def test_sleep_frees_the_kv_cache_and_generation_takes_it_again(level):
+    alone(check_memory, level)
+
+
+def check_memory(tokenizer, level):
     engine = start(
         "vllm", make_model(tokenizer).to(GPU), tokenizer, sleep_level=level,
         gpu_memory_utilization=0.2,
@@ -76,7 +95,11 @@ def test_sleep_frees_the_kv_cache_and_generation_takes_it_again(level, tokenizer
         engine.close()
 
 
-def test_an_update_that_fails_asleep_is_made_up_for(tokenizer):
+def test_an_update_that_fails_asleep_is_made_up_for():
+    alone(check_a_failed_update)
+
+
+def check_a_failed_update(tokenizer):
     model = make_model(tokenizer).to(GPU)
     engine = start("vllm", model, tokenizer, sleep_level=1, gpu_memory_utilization=0.2)
     try:
