@@ -121,6 +121,22 @@ class Rollout(_Rows):
         end = torch.where(self.targets, columns + 1, 0).amax(1)
         return first, (end - first).clamp(min=1)
 
+    def check_layout(self) -> None:
+        """Raises `ValueError` unless the masks are bool, and rows without gaps."""
+        for name in ("mask", "completion_mask"):
+            if (dtype := getattr(self, name).dtype) != torch.bool:
+                raise ValueError(f"the rollout's {name} is {dtype}; make it bool: x.bool()")
+        first, lengths = self._extents()
+        within = torch.arange(self.tokens.shape[1], device=first.device) - first[:, None]
+        padding = ~self.mask & (within >= 0) & (within < lengths[:, None])
+        gaps = padding.any(1) & self.completion_mask.any(1)
+        if gaps.any():
+            raise ValueError(
+                f"row {int(gaps.nonzero()[0])} of the rollout has padding (mask False) between its "
+                "first token and its last sampled one, or no prompt; pad prompts on the left and "
+                "completions on the right (Rollout.from_lists does)"
+            )
+
     def flush_left(self) -> FlushLeft:
         """The rows for a model to read: `[B, max(lengths)]`, each from column 0 on.
 
@@ -133,7 +149,8 @@ class Rollout(_Rows):
         # Beyond the row's end comes its beginning: what it was padded with on the left.
         columns = (first[:, None] + within[:width]) % len(within)
         return FlushLeft(
-            tokens=self.tokens.gather(1, columns),
+            # Whatever id stands under the mask: a model looks it up.
+            tokens=self.tokens.masked_fill(~self.mask, 0).gather(1, columns),
             mask=self.mask.gather(1, columns),
             targets=self.targets.gather(1, columns),
             columns=(within[start:] - first[:, None]).clamp(max=width - 1),

@@ -21,6 +21,7 @@ from rlhf_fast.models import evaluating, hidden_states, model_inputs
 from rlhf_fast.ops import full_kl, linear_kl, linear_logprobs, token_logprobs
 
 IGNORED = -100
+LARGE_LOGIT = 50.0
 
 
 class HeadOptions(NamedTuple):
@@ -74,7 +75,8 @@ class Policy(nn.Module):
         config = self.model.config
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        options = HeadOptions(getattr(config, "final_logit_softcapping", None), scale)
+        cap = getattr(config, "final_logit_softcapping", None)
+        options = HeadOptions(cap or getattr(config, "logits_soft_cap", None), scale)
         head: Any = self.model.get_output_embeddings()
         if head is None or self.model.base_model is self.model:
             return None
@@ -83,16 +85,37 @@ class Policy(nn.Module):
             return None  # an adapter on the head: no one matrix is what it computes
         tokens = torch.arange(8, device=self.model.device)[None]
         tokens = tokens % (self.vocabulary or head.weight.shape[0])
-        mask, targets = torch.ones_like(tokens).bool(), torch.ones_like(tokens).bool()
+        mask = torch.ones_like(tokens).bool()
         with torch.no_grad(), evaluating(self.model):
             hidden = hidden_states(self.model, tokens, mask)
             if hidden.shape[-1] != head.weight.shape[-1]:
                 return None
-            # A backend that was asked for need not run where the model lies before training.
-            ours = self._from_hidden(hidden, tokens, targets, 1.0, options, "reference")[0]
-            own = self._from_logits(tokens, mask, targets, 1.0, "reference")[0]
+            factors = [1.0]
+            if self.model.dtype == torch.float32:
+                # A cap that the config does not name shows in large logits alone.
+                factors.append(LARGE_LOGIT / float(self._logits(tokens, mask).abs().amax()))
+            agree = all(self._agrees(options, hidden, tokens, factor) for factor in factors)
+        return options if agree else None
+
+    def _agrees(self, options: HeadOptions, hidden: Tensor, tokens: Tensor, factor: float) -> bool:
+        """Whether `options` give the model's own log-probs, with what its head puts out times
+        `factor`."""
+        calls = []
+
+        def enlarge(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            calls.append(module)
+            return out * factor
+
+        targets = torch.ones_like(tokens).bool()
+        with self.model.get_output_embeddings().register_forward_hook(enlarge):
+            own = self._from_logits(tokens, targets, targets, 1.0, "reference")[0]
+        if not calls and factor != 1.0:
+            return True  # the model reads the matrix by itself
+        larger = options._replace(logit_scale=options.logit_scale * factor)
+        # A backend that was asked for need not run where the model lies before training.
+        ours = self._from_hidden(hidden, tokens, targets, 1.0, larger, "reference")[0]
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
-        return options if (ours - own).abs().max() <= tolerance else None
+        return bool((ours - own).abs().max() <= tolerance)
 
     def _from_hidden(
         self,

@@ -41,7 +41,7 @@ def kl_estimate_reference(
     score = u.detach().clamp(-2 * HUGE, 2 * HUGE)
     if old_logprobs is not None:
         log_weight = logprobs.detach() - old_logprobs.detach().to(dtype)
-        score = score * log_weight.clamp(max=MAX_LOG_RATIO).exp()
+        score = score * log_weight.nan_to_num(0.0).clamp(max=MAX_LOG_RATIO).exp()
     # Adds exactly 0 to the value, and d logprobs to its derivative where they are finite.
     nothing = (logprobs - logprobs.detach()).nan_to_num(0.0)
     return value.detach() + score * nothing

@@ -211,8 +211,9 @@ def check_rollout(
     """The scores fp32 `[B]` on the run's device, if they and `rollout` can be learnt from.
 
     Raises:
-        ValueError: There are not `rollout_batch_size` completions, a log-prob is not finite, the
-            scores are not one finite number for each, or the groups are not of one prompt.
+        ValueError: There are not `rollout_batch_size` completions, rows have gaps, a log-prob is
+            not finite, the scores are not one finite number for each, or the groups are not of one
+            prompt.
     """
     if len(rollout) * run.world != config.rollout_batch_size:
         raise ValueError(
@@ -228,7 +229,9 @@ def check_rollout(
             f"scores has shape {list(numbers.shape)} and {int((~numbers.isfinite()).sum())} "
             f"non-finite values; give one finite number for each of {len(rollout)} completions"
         )
-    if rollout.logprobs is not None and not rollout.logprobs.isfinite().all():
+    rollout.check_layout()
+    sampled = rollout.completion_mask
+    if rollout.logprobs is not None and not (rollout.logprobs.isfinite() | ~sampled).all():
         raise ValueError(
             "the rollout's logprobs are not all finite: the engine's model overflows, or the "
             "policy has diverged; nothing was learnt from it"
