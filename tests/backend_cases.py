@@ -130,3 +130,28 @@ def to_cpu(result: Any) -> Any:
     if isinstance(result, dict):
         return {name: to_cpu(x) for name, x in result.items()}
     return tuple(map(to_cpu, result))
+
+
+# CUPTI's own doings, which not all versions of torch keep apart from the GPU's.
+OVERHEAD = ("Activity Buffer Request", "Buffer Flush", "Command Buffer Full", "Instrumentation")
+OVERHEAD += ("Lazy Function Loading", "Resource", "Runtime Triggered Module Loading")
+
+
+def done_on_gpu(run: Callable[[], object]) -> list[str]:
+    """Names of what `run` has the GPU do, in order; an error if the host waits for any of it."""
+    # The tests' deterministic mode writes NaN into fresh memory, a launch for each.
+    torch.use_deterministic_algorithms(False)
+    run()  # compiles, and makes what lives on
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    names = [event.name for event in profile.events() if event.device_type == on_gpu]
+    return [name for name in names if not name.startswith(OVERHEAD)]

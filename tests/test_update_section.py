@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_cases import cases
+from backend_cases import cases, done_on_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import ppo_config
 
@@ -90,20 +90,5 @@ GPU = [c for c in cases("policy_loss") if c.values[0].device == "cuda"]
 @pytest.mark.parametrize("loss", PRESETS)
 def test_a_profile_shows_neither_copies_nor_waiting(loss, case, monkeypatch):
     monkeypatch.setattr(backends, "REQUESTED", case.backend)
-    # The tests' deterministic mode writes NaN into fresh memory.
-    torch.use_deterministic_algorithms(False)
-    section = Section(loss, case.device)
-    section.run()  # compiles, and makes what lives on
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        section.run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        section.run()
-        torch.cuda.synchronize()
-    on_gpu = torch.autograd.DeviceType.CUDA
-    names = [event.name for event in profile.events() if event.device_type == on_gpu]
+    names = done_on_gpu(Section(loss, case.device).run)
     assert names and not [name for name in names if name.startswith("Memcpy")], names

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_cases import Case, cases
+from backend_cases import Case, cases, done_on_gpu
 
 from rlhf_fast.ops import discounted_returns, gae, policy_loss, ppo_advantages, value_loss
 
 B, T = 64, 1024
-# CUPTI's own doings, which not all versions of torch keep apart from the GPU's.
-OVERHEAD = ("Activity Buffer Request", "Buffer Flush", "Command Buffer Full", "Instrumentation")
-OVERHEAD += ("Lazy Function Loading", "Resource", "Runtime Triggered Module Loading")
 
 
 def batch():
@@ -59,22 +56,7 @@ def calls(case: Case):
 
 @pytest.mark.parametrize("case", [c for c in cases("policy_loss") if c.values[0].device == "cuda"])
 def test_few_launches_no_copies_no_waiting(case):
-    # The tests' deterministic mode writes NaN into fresh memory, a launch for each.
-    torch.use_deterministic_algorithms(False)
     for name, (run, most) in calls(case).items():
-        run()  # compiles, and makes what lives on
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run()
-            torch.cuda.synchronize()
-        on_gpu = torch.autograd.DeviceType.CUDA
-        launched = [event.name for event in profile.events() if event.device_type == on_gpu]
-        launched = [name for name in launched if not name.startswith(OVERHEAD)]
+        launched = done_on_gpu(run)
         assert 1 <= len(launched) <= most, f"{name}: {launched}"
         assert not [event for event in launched if event.startswith("Mem")], f"{name}: {launched}"
