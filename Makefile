@@ -45,7 +45,8 @@ test: $(READY)  ## the tests, without the slow ones
 test-slow: $(READY)  ## the slow tests: longer learning runs, real data
 	$(BIN)/python -m pytest -m slow
 
-# As TRITON_INTERPRET=1 is for Triton: csrc's CUDA kernels, compiled for the CPU.
+# As TRITON_INTERPRET=1 is for Triton: csrc's CUDA kernels, compiled for the CPU. With
+# RLHF_FAST_EMULATED_RACES=1 all tests look for races, not only those that are about them.
 EMULATOR := build/emulator
 test-emulated: $(READY)  ## the CUDA kernels in their emulator, on a CPU
 	$(BIN)/cmake -S tests/emulator -B $(EMULATOR) -G Ninja \

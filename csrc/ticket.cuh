@@ -11,11 +11,13 @@ RLHF_DEVICE bool last_block(unsigned* counter) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
+    // Between barriers one thread's fences stand for all of the block; they count only in the thread
+    // of the atomic operation.
     __threadfence();
     last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+    if (last) __threadfence();
   }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 

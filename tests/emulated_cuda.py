@@ -21,6 +21,8 @@ from rlhf_fast import backends, compiled
 from rlhf_fast.compiled import _losses, _rows, ppo_advantages
 
 BUILD = os.environ.get("RLHF_FAST_EMULATED_CUDA")
+RACES = os.environ.get("RLHF_FAST_EMULATED_RACES") == "1"
+"""Whether races are errors in all tests of the ops, which then take twice as long."""
 ORDERS = ("in order", "reversed", "shuffled")
 
 
@@ -30,7 +32,7 @@ def library(name: str) -> ctypes.CDLL:
     found = ctypes.CDLL(str(Path(BUILD).resolve() / f"{name}.so"))
     found.emulator_launches.restype = ctypes.c_long
     found.emulator_configure.argtypes = [
-        ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_bool, ctypes.c_bool
+        ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_bool, ctypes.c_bool, ctypes.c_bool
     ]  # fmt: skip
     return found
 
@@ -43,15 +45,18 @@ def emulator(
     seed: int = 0,
     workers: int = 1,
     clusters: bool = True,
+    races: bool | None = None,
     noise: bool = True,
 ) -> Iterator[None]:
     """Launches run as told: see tests/emulator/emulator.h."""
     configure = library(name).emulator_configure
-    configure(ORDERS.index(order), seed, workers, clusters, noise)
+    always = RACES and name == "_cuda"
+    races = always if races is None else races
+    configure(ORDERS.index(order), seed, workers, clusters, races, noise)
     try:
         yield
     finally:
-        configure(0, 0, 1, True, True)
+        configure(0, 0, 1, True, always, True)
 
 
 def launches() -> int:
@@ -74,6 +79,7 @@ def install() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     compiled.CUDA = module
+    library("_cuda").emulator_configure(0, 0, 1, True, RACES, True)
 
     # One ticket for all, as on a stream: each launch must leave it at 0.
     ticket = torch.zeros(1, dtype=torch.int32)

@@ -1,10 +1,6 @@
 #include "block.h"
 
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <algorithm>
-#include <memory>
 #include <stdexcept>
 
 namespace emulator {
@@ -13,33 +9,12 @@ namespace {
 
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-// Where the threads of a warp or a block wait for each other.
-struct Meeting {
-  unsigned members = 0, arrived = 0, left = 0;  // left: have returned from the kernel
-  long rounds = 0;
-  Site site = {};  // where those who have arrived are
-};
-
 struct Warp : Meeting {
   uint64_t given[kWarp], got[kWarp];
 };
 
-// A thread of a kernel. It outlives the kernel, and then runs the next block's.
-struct Fiber {
-  static constexpr size_t kStack = 128 << 10;
-  std::unique_ptr<char[]> stack{new char[kStack]};
-  ucontext_t start;
-  jmp_buf resume;
-  bool started = false, done = false, arrived_at_cluster = false;
-  const Meeting* waits_for = nullptr;
-  long round = 0;  // of the meeting it waits for
-};
-
-struct Block {
-  Place place;  // of the fiber that runs
-  Fiber* fiber = nullptr;
+struct Block : Running {
   const std::function<void()>* kernel;
-  Cluster* cluster;
   Meeting all;       // its barriers
   Meeting clusters;  // the cluster's barriers, within this block
   std::vector<Warp> warps;
@@ -108,6 +83,17 @@ void meet(Meeting& meeting, const char* what, Site site, Complete complete) {
   to_scheduler();
 }
 
+// Gives `value` to the warp and returns those of its lanes, which stay until the next call.
+const uint64_t* exchange(uint32_t mask, uint64_t value, Site site) {
+  Warp& warp = block->warp();
+  if (mask != ~0u || warp.members != kWarp)
+    fail("a warp operation at " + text(site) + " without the whole warp: its mask names " +
+         std::to_string(__builtin_popcount(mask)) + " lanes of " + std::to_string(warp.members));
+  warp.given[block->place.thread % kWarp] = value;
+  meet(warp, "a warp operation", site, [&] { std::copy_n(warp.given, kWarp, warp.got); });
+  return warp.got;
+}
+
 void prepare(Fiber& fiber) {
   if (!fiber.started) {
     getcontext(&fiber.start);
@@ -153,20 +139,23 @@ void run_block(unsigned index, unsigned blocks, unsigned threads, Cluster& clust
   b.kernel = &kernel;
   b.cluster = &cluster;
   b.all.members = b.clusters.members = threads;
+  b.past.threads.resize(threads);
   b.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
   for (unsigned t = 0; t < threads; ++t) ++b.warps[t / kWarp].members;
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   for (unsigned t = 0; t < threads; ++t) prepare(*fibers[t]);
   block = &b;
   run_threads(b);
+  if (b.failure.empty()) b.failure = end_of_block(b);
   block = nullptr;
-  cluster.leave();
-  if (b.failure.empty()) return;
+  if (b.failure.empty()) return cluster.leave();
   const unsigned thread = b.place.thread;
   fibers.clear();  // they are in the middle of something
   throw std::runtime_error("emulated GPU, block " + std::to_string(index) + ", thread " +
                            std::to_string(thread) + ": " + b.failure);
 }
+
+const Running* running() { return block; }
 
 char* shared_anchor() { return &anchor; }
 
@@ -178,17 +167,18 @@ void fail(const std::string& what) {
 }
 
 void block_barrier(Site site) {
-  meet(block->all, "__syncthreads", site, [] {});
+  meet(block->all, "__syncthreads", site, [] { block->past.barrier(); });
 }
 
-const uint64_t* exchange(uint32_t mask, uint64_t value, Site site) {
-  Warp& warp = block->warp();
-  if (mask != ~0u || warp.members != kWarp)
-    fail("a warp operation at " + text(site) + " without the whole warp: its mask names " +
-         std::to_string(__builtin_popcount(mask)) + " lanes of " + std::to_string(warp.members));
-  warp.given[block->place.thread % kWarp] = value;
-  meet(warp, "a warp operation", site, [&] { std::copy_n(warp.given, kWarp, warp.got); });
-  return warp.got;
+uint64_t from_lane(uint32_t mask, uint64_t value, unsigned lane, Site site) {
+  return exchange(mask, value, site)[lane < kWarp ? lane : block->place.thread % kWarp];
+}
+
+uint32_t votes(uint32_t mask, bool yes, Site site) {
+  const uint64_t* lanes = exchange(mask, yes, site);
+  uint32_t bits = 0;
+  for (unsigned i = 0; i < kWarp; ++i) bits |= uint32_t(lanes[i]) << i;
+  return bits;
 }
 
 void cluster_arrive(Site site) {
@@ -202,16 +192,33 @@ void cluster_wait(Site site) {
   meet(block->clusters, "a cluster's barrier", site, [&] {
     if (!block->cluster->wait())
       fail("a cluster's barrier at " + text(site) + " which not all blocks reach");
+    ++block->past.waits;
   });
   block->fiber->arrived_at_cluster = false;
 }
 
+void fence() {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  block->past.fence(block->place);
+  pause();
+}
+
+unsigned atomic_increment(unsigned* counter, unsigned most) {
+  unsigned old = __atomic_load_n(counter, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(counter, &old, old >= most ? 0 : old + 1, false,
+                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  block->past.atomic(block->place, counter);
+  pause();
+  return old;
+}
+
 void* of_cluster(const void* mine, unsigned rank) {
-  if (rank >= block->cluster->anchors.size())
+  if (rank >= block->cluster->members.size())
     fail("shared memory of block " + std::to_string(rank) + " of a cluster of " +
-         std::to_string(block->cluster->anchors.size()));
+         std::to_string(block->cluster->members.size()));
   // Thread-local variables lie alike in all threads.
-  return block->cluster->anchors[rank] + (static_cast<const char*>(mine) - &anchor);
+  return block->cluster->members[rank].anchor + (static_cast<const char*>(mine) - &anchor);
 }
 
 }  // namespace emulator

@@ -3,7 +3,7 @@
 // The fibers of a block share an OS thread and take turns at barriers and warp operations only;
 // the blocks of a cluster have an OS thread each. What no GPU would survive ends the launch with
 // an error: divergent barriers, deadlocks, warp operations without the whole warp, misaligned
-// accesses.
+// accesses, and, if asked for, races.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,7 @@ struct Schedule {
 // Machines and their arithmetic.
 struct Machine {
   bool clusters = true;  // whether it has thread-block clusters, as sm_90 does
+  bool races = false;    // whether accesses that nothing orders are errors
   bool noise = true;     // approximations are off by up to what the PTX manual allows
 };
 extern Schedule schedule;
@@ -48,8 +49,13 @@ const Place& here();
 [[noreturn]] void fail(const std::string& what);
 
 void block_barrier(Site site);
-// Gives `value` to the warp and returns those of its lanes, which stay until the next call.
-const uint64_t* exchange(uint32_t mask, uint64_t value, Site site);
+// Gives `value` to the warp; returns that of `lane`, or the thread's own for a lane that is none.
+uint64_t from_lane(uint32_t mask, uint64_t value, unsigned lane, Site site);
+// A bit for each lane of the warp.
+uint32_t votes(uint32_t mask, bool yes, Site site);
+void fence();
+// What `*counter` was; then it is one more, or 0 after `most`.
+unsigned atomic_increment(unsigned* counter, unsigned most);
 void cluster_arrive(Site site);
 void cluster_wait(Site site);
 // Shared memory of the cluster's block `rank`, where the caller's block has `mine`.

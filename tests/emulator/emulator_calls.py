@@ -14,6 +14,7 @@ from rlhf_fast.compiled import full_kl, gae, policy_loss, ppo_advantages, token_
 
 # One block and many, fewer tokens than a warp has lanes, sequences that are cut into chunks.
 SHAPES = [(1, 1), (3, 37), (40, 33), (2, 2600), (1, 9001)]
+MORE_THAN_BLOCKS = (1030, 3)  # that a loss's grid has: each takes several in turn
 
 Place = Callable[[Tensor], Tensor]
 DTYPES = (torch.float32, torch.float64)

@@ -40,6 +40,21 @@ __global__ void kernel(Arguments a) {
   } else if (fault == "missing barrier") {
     shared[thread] = thread;
     a.data[thread] = shared[blockDim.x - 1 - thread];
+  } else if (fault == "shuffle for a barrier") {
+    shared[thread] = thread;
+    a.data[thread] = __shfl_sync(~0u, lane, 0) + shared[thread ^ 1];
+  } else if (fault == "barrier on one side" || fault == "barriers on both sides") {
+    shared[thread] = thread;
+    __syncthreads();
+    const float other = shared[thread ^ 1];
+    if (fault == "barriers on both sides") __syncthreads();
+    shared[thread] = other;
+  } else if (fault == "one word for all") {
+    a.data[0] = thread;
+  } else if (fault == "halves of a word") {
+    reinterpret_cast<uint16_t*>(a.data)[thread] = thread;
+  } else if (fault == "what nobody wrote") {
+    a.data[thread] = shared[thread];
   } else if (fault == "out of bounds") {
     a.data[thread] = a.data[blockDim.x + thread];
   } else if (fault == "cluster without some blocks") {
@@ -48,6 +63,33 @@ __global__ void kernel(Arguments a) {
     __cluster_barrier_wait();
   } else if (fault == "shared memory of no block") {
     *static_cast<float*>(__cluster_map_shared_rank(shared, 8)) = 0;
+  } else if (fault == "arrival before the work" || fault == "no wait before the next" ||
+             fault == "no wait before the end" || fault == "cluster") {
+    const bool late = fault == "arrival before the work";
+    if (late) __cluster_barrier_arrive();
+    shared[thread] = thread;
+    if (!late) __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+    const float* other = static_cast<float*>(__cluster_map_shared_rank(shared, 1 - blockIdx.x % 2));
+    a.data[blockIdx.x * blockDim.x + thread] = other[thread];
+    if (fault == "no wait before the end") return;
+    if (fault == "no wait before the next") shared[thread] = 0;
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+  } else if (fault == "ticket without a fence" || fault == "no fence after the ticket" ||
+             fault == "no barrier before the ticket") {
+    __shared__ bool last;
+    const bool barrier = fault != "no barrier before the ticket";
+    if (thread == 1) a.data[blockIdx.x] = 1;
+    if (barrier) __syncthreads();
+    if (thread == 0) {
+      if (fault != "ticket without a fence") __threadfence();
+      last = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;
+      if (fault != "no fence after the ticket") __threadfence();
+    }
+    __syncthreads();
+    if (last && thread == 0)
+      for (unsigned i = 0; i < gridDim.x; ++i) a.data[gridDim.x] += a.data[i];
   } else if (fault == "ticket before the work" || fault == "none") {
     const bool late = fault != "none";
     const bool early_last = late && last_block(a.ticket);
@@ -64,6 +106,8 @@ __global__ void kernel(Arguments a) {
   }
 }
 
+std::string message;
+
 }  // namespace
 
 // What the launch threw, or "" where it went well.
@@ -72,7 +116,6 @@ extern "C" __attribute__((visibility("default"))) const char* run_fault(const ch
                                                                         unsigned* ticket,
                                                                         int blocks, int threads,
                                                                         int cluster) {
-  static std::string message;
   const std::string name = fault;
   message.clear();
   try {

@@ -41,6 +41,7 @@ void launch(unsigned blocks, unsigned threads, unsigned cluster,
             const std::function<void()>& kernel) {
   ++launches;
   launched_on = device;
+  begin_races();
   const unsigned units = blocks / cluster;
   const unsigned workers = std::clamp(schedule.workers, 1u, units);
   const std::vector<unsigned> order = ordered(units, 0);
@@ -53,7 +54,7 @@ void launch(unsigned blocks, unsigned threads, unsigned cluster,
     random.seed(seed_of(worker * cluster + rank));
     for (unsigned i = worker; i < units; i += workers) {
       Cluster& own = *clusters[i];
-      own.anchors[rank] = shared_anchor();
+      own.members[rank].anchor = shared_anchor();
       if (cluster > 1 && !own.wait()) return;
       pause();
       try {
@@ -61,6 +62,7 @@ void launch(unsigned blocks, unsigned threads, unsigned cluster,
       } catch (const std::runtime_error& error) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (failure.empty()) failure = error.what();
+        // Only now: what the others then die of is not the cause.
         for (auto& each : clusters) each->leave();
         return;
       }
@@ -83,9 +85,9 @@ void launch(unsigned blocks, unsigned threads, unsigned cluster,
 #define EMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
 EMULATOR_EXPORT void emulator_configure(int order, unsigned seed, unsigned workers, bool clusters,
-                                        bool noise) {
+                                        bool races, bool noise) {
   emulator::schedule = {static_cast<emulator::Schedule::Order>(order), seed, workers};
-  emulator::machine = {clusters, noise};
+  emulator::machine = {clusters, races, noise};
 }
 EMULATOR_EXPORT long emulator_launches() { return emulator::launches; }
 EMULATOR_EXPORT int emulator_device() { return emulator::device; }

@@ -84,6 +84,76 @@ def test_another_order_of_threads_shows_a_missing_barrier():
     assert len(found) > 1
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing barrier", "nobody has written the shared memory read at .*faults.cu"),
+        (
+            "shuffle for a barrier",
+            r"shared memory: written at .*faults.cu:\d+ by thread \d+ of block 0, "
+            r"read at .*faults.cu:\d+ by thread \d+ of block 0, and nothing orders",
+        ),
+        ("barrier on one side", r"shared memory: written at .*:(\d+) by .*, read at .*:(?!\1\b)"),
+        ("one word for all", "race for memory: written at .*thread 0 of block 0, written"),
+        ("what nobody wrote", "nobody has written the shared memory read at .*faults.cu"),
+    ],
+)
+def test_accesses_of_a_block_that_no_barrier_orders_are_races(fault, message):
+    with emulator("faults", races=True):
+        found = run(fault, data())
+    assert re.search(message, found), found
+    assert run(fault, data()) == "", "it is only looked for where it is asked for"
+
+
+@pytest.mark.parametrize("fault", ["arrival before the work", "no wait before the next"])
+def test_accesses_of_a_cluster_that_its_barriers_do_not_order_are_races(fault):
+    for order in emulated_cuda.ORDERS:
+        with emulator("faults", races=True, order=order, seed=1):
+            found = run(fault, data(), blocks=2, cluster=2)
+        assert re.search("race for shared memory: .*of block [01], .*of block [01], and", found)
+
+
+def test_a_block_that_ends_while_its_shared_memory_is_in_use_is_an_error():
+    for order in emulated_cuda.ORDERS:
+        with emulator("faults", races=True, order=order, seed=1):
+            found = run("no wait before the end", data(), blocks=2, cluster=2)
+        assert re.search("a block that has ended is used at|may end before .* is used at", found)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("ticket without a fence", "written at .*thread 1 of block 0, read .*thread 0 of block 7,"),
+        ("no fence after the ticket", "thread 1 of block 0, read at .*thread 0 of block 7,"),
+        ("no barrier before the ticket", "thread 1 of block 0, read at .*thread 0 of block 7,"),
+        ("ticket before the work", "thread 0 of block 0, read at .*thread 0 of block 7,"),
+        ("ticket that is not atomic", "of block 0, .* by thread 0 of block 1,"),
+    ],
+)
+def test_accesses_of_blocks_that_no_ticket_orders_are_races(fault, message):
+    """Run one after the other, so that nothing goes wrong."""
+    with emulator("faults", races=True):
+        found = run(fault, data(), blocks=8)
+    assert re.search("race for memory: .*" + message, found), found
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ("none", {"blocks": 8}),
+        ("barriers on both sides", {"blocks": 3}),
+        ("halves of a word", {}),
+        ("cluster", {"blocks": 8, "cluster": 2}),
+    ],
+)
+def test_ordered_accesses_are_no_races(launch):
+    fault, grid = launch
+    for order in emulated_cuda.ORDERS:
+        for workers in (1, 4):
+            with emulator("faults", races=True, order=order, seed=2, workers=workers):
+                assert run(fault, data(), **grid) == ""
+
+
 def test_several_workers_show_a_ticket_that_does_not_count_what_comes_after():
     # In order, one block after the other, nothing is wrong to be seen.
     x = data()

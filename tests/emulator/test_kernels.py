@@ -1,5 +1,5 @@
 """What the emulator alone shows of the CUDA kernels: results do not depend on the order of blocks
-and threads, tickets return to 0, nothing out of bounds is touched."""
+and threads, no access races, tickets return to 0, nothing out of bounds is touched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import emulated_cuda
 import pytest
 import torch
 from emulated_cuda import emulator
-from emulator_calls import CALLS, SHAPES, results
+from emulator_calls import CALLS, MORE_THAN_BLOCKS, SHAPES, results
 
 from rlhf_fast.compiled import _rows
 
@@ -40,6 +40,25 @@ def test_bits_do_not_depend_on_the_order_of_blocks_and_threads(name, shape):
     for schedule in ELSEWHERE:
         with emulator(**schedule):
             assert same_bits(results(name, shape), expected), schedule
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, shape) for name in CALLS for shape in SHAPES),
+        ("policy_loss", MORE_THAN_BLOCKS),
+        ("value_loss", MORE_THAN_BLOCKS),
+    ],
+)
+def test_no_accesses_race(name, shape):
+    with emulator(races=True):
+        results(name, shape)
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "full_kl"])
+def test_no_accesses_of_clusters_race(op):
+    with emulator(races=True):
+        results(op, (2, 8 * 16384 + 3))
 
 
 @pytest.mark.parametrize("op", ["token_logprobs", "full_kl"])

@@ -94,9 +94,8 @@ T of_lane(uint32_t mask, T value, unsigned lane, Site site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles take 4 or 8 bytes");
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
-  const uint64_t* lanes = exchange(mask, bits, site);
-  // From beyond the warp's ends a lane gets its own.
-  memcpy(&value, &lanes[lane < kWarp ? lane : here().thread % kWarp], sizeof(T));
+  bits = from_lane(mask, bits, lane, site);  // from beyond the warp's ends a lane gets its own
+  memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
@@ -119,10 +118,7 @@ T __shfl_xor_sync(uint32_t mask, T value, int step, EMULATOR_SITE) {
   return emulator::of_lane(mask, value, emulator::here().thread % emulator::kWarp ^ step, site);
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool yes, EMULATOR_SITE) {
-  const uint64_t* lanes = emulator::exchange(mask, yes, site);
-  uint32_t votes = 0;
-  for (unsigned i = 0; i < emulator::kWarp; ++i) votes |= uint32_t(lanes[i]) << i;
-  return votes;
+  return emulator::votes(mask, yes, site);
 }
 inline bool __any_sync(uint32_t mask, bool yes, EMULATOR_SITE) {
   return __ballot_sync(mask, yes, site) != 0;
@@ -134,17 +130,9 @@ inline void* __cluster_map_shared_rank(const void* mine, unsigned rank) {
   return emulator::of_cluster(mine, rank);
 }
 
-inline void __threadfence() {
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  emulator::pause();
-}
+inline void __threadfence() { emulator::fence(); }
 inline unsigned atomicInc(unsigned* counter, unsigned most) {
-  unsigned old = __atomic_load_n(counter, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(counter, &old, old >= most ? 0 : old + 1, false,
-                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  emulator::pause();
-  return old;
+  return emulator::atomic_increment(counter, most);
 }
 
 // The runtime; its devices are alike, and share their memory. Streams are of no account: a launch
