@@ -95,14 +95,17 @@ $(VLLM)/.ready: pyproject.toml constraints.txt tests/rollout/vllm.txt
 	$(VLLM)/bin/python -c '$(DEPENDENCIES)' > $(VLLM)/dependencies.txt
 	$(VLLM_PIP) -c constraints.txt torch
 	$(VLLM_PIP) -c constraints.txt -r $(VLLM)/dependencies.txt requests aiohttp psutil peft \
-		pytest pytest-timeout pytest-benchmark hypothesis
+		pytest pytest-timeout pytest-benchmark pytest-xdist hypothesis
 	$(VLLM_PIP) --no-deps -r tests/rollout/vllm.txt
 	@touch $@
 
-# Beside $(READY) for the C++ kernels, which this environment uses from the checkout.
+# Beside $(READY) for the C++ kernels, which this environment uses from the checkout. Two engines at a
+# time: while one starts or compiles, the other has a core.
 test-vllm: $(READY) $(VLLM)/.ready  ## rollouts with vLLM itself, on a CPU
 	$(VLLM)/bin/python -c 'import vllm'
-	RLHF_FAST_STRICT_SKIPS=1 $(VLLM)/bin/python -m pytest -m "vllm and not slow"
+	RLHF_FAST_STRICT_SKIPS=1 $(VLLM)/bin/python -m pytest -m "vllm and not slow and not processes" \
+		-n auto --maxprocesses 2 --dist loadfile
+	RLHF_FAST_STRICT_SKIPS=1 $(VLLM)/bin/python -m pytest -m "vllm and not slow and processes"
 
 rivals: $(READY)  ## the wheels that the benchmarks compare with, into .benchmarks/rivals
 	mkdir -p .benchmarks/rivals
@@ -136,6 +139,8 @@ lint: $(READY)  ## ruff and mypy
 install-check: $(READY)  ## every kind of install, into throw-away environments
 	scripts/check_install.sh $(BIN)/python
 
+# nvcc compiles once, in install-check: without a GPU the tests have no use for what it makes.
+ci: export RLHF_FAST_CUDA := $(if $(shell command -v nvidia-smi),AUTO,OFF)
 ci: lint install-check demo  ## everything that must hold before a merge
 	RLHF_FAST_STRICT_SKIPS=1 $(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-emulated
