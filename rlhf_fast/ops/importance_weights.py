@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast.backends import resolve
@@ -10,6 +11,7 @@ from rlhf_fast.ops._checks import floating, number, one_of, same_shape, stats_dt
 from rlhf_fast.ops._sequences import check_layout, per_token, sequence_sum
 from rlhf_fast.ops._softmax import exp_excess
 from rlhf_fast.ops.kl_estimate import HUGE, MAX_LOG_RATIO
+from rlhf_fast.ops.masked import global_sum, several_processes
 
 LEVELS = ("token", "sequence", "geometric")
 MODES = ("truncate", "mask")
@@ -26,6 +28,7 @@ def importance_weights_reference(
     low: float | None = None,
     high: float | None = 2.0,
     cu_seqlens: Tensor | None = None,
+    across_processes: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`importance_weights` in PyTorch, arguments unchecked: what every backend must compute."""
     dtype = stats_dtype(old_logprobs.dtype)
@@ -45,27 +48,35 @@ def importance_weights_reference(
     weights = raw.clamp(*bounds) if mode == "truncate" else torch.where(outside, 0.0, raw)
     weights = torch.where(mask, weights, 0.0)
 
-    count = mask.sum().clamp(min=1).to(dtype)
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(mask, x.to(dtype), 0.0).sum() / count
-
     apart = difference.abs()
     # The 0 stands in for the largest of no tokens at all.
     largest = torch.cat([apart.flatten(), apart.new_zeros(1)]).amax()
-    spread = apart.clamp(max=MAX_LOG_RATIO).exp()
-    squares = weights.square().sum()
+    if across_processes and several_processes():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    summands = (
+        torch.ones_like(difference),
+        weights,
+        weights.square(),
+        outside,
+        apart,
+        apart.clamp(max=MAX_LOG_RATIO).exp(),
+        (difference.exp() < 0.9) | (difference.exp() > 1.1),
+        exp_excess(-difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)),
+    )
+    sums = torch.stack([torch.where(mask, x, 0.0).sum(dtype=torch.float64) for x in summands])
+    sums = global_sum(sums, across_processes)
+    count, total, squares = sums[:3].unbind()
+    effective = torch.where(squares > 0, total.square() / (squares * count), 0.0)
+    mean, _, share, distance, ratio, tokens, kl = (sums[1:] / count.clamp(min=1)).to(dtype).unbind()
     metrics = {
-        "importance_weight_mean": mean(weights),
-        "importance_outside": mean(outside),
-        "importance_effective_samples": torch.where(
-            squares > 0, weights.sum().square() / (squares * count), 0.0
-        ),
-        "mismatch_mean": mean(apart),
+        "importance_weight_mean": mean,
+        "importance_outside": share,
+        "importance_effective_samples": effective.to(dtype),
+        "mismatch_mean": distance,
         "mismatch_max": largest,
-        "mismatch_ratio_mean": mean(spread),
-        "mismatch_tokens": mean((difference.exp() < 0.9) | (difference.exp() > 1.1)),
-        "mismatch_kl_k3": mean(exp_excess(-difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))),
+        "mismatch_ratio_mean": ratio,
+        "mismatch_tokens": tokens,
+        "mismatch_kl_k3": kl,
     }
     return weights, metrics
 
@@ -80,6 +91,7 @@ def importance_weights(
     low: float | None = None,
     high: float | None = 2.0,
     cu_seqlens: Tensor | None = None,
+    across_processes: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """How much likelier a token was under the trainer's policy than where it was sampled.
@@ -112,6 +124,9 @@ def importance_weights(
         low: least weight, >= 0; None for no bound.
         high: greatest weight, > 0, at least `low`; None for no bound but exp(20).
         cu_seqlens: `[B + 1]` int32 offsets of packed sequences, from 0 to N.
+        across_processes: take the metrics over the tokens of all processes of torch.distributed's
+            default group, where there is one; every process must then make the call. Weights are
+            the same.
         backend: the implementation to use; None takes the first that fits.
 
     Returns:
@@ -148,4 +163,5 @@ def importance_weights(
         low=low,
         high=high,
         cu_seqlens=cu_seqlens,
+        across_processes=across_processes,
     )

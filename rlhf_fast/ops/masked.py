@@ -42,7 +42,7 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _global_sum(x: Tensor, across_processes: bool) -> Tensor:
+def global_sum(x: Tensor, across_processes: bool) -> Tensor:
     """Sums `x` over the processes of the default group; differentiable."""
     return _AllReduce.apply(x) if across_processes and several_processes() else x
 
@@ -55,12 +55,12 @@ def _moments(x: Tensor, mask: Tensor, across_processes: bool) -> _Moments:
     """
     x = torch.where(mask, x, 0.0).double()
     ones = mask.to(x.dtype)
-    count, total = _global_sum(torch.stack([ones.sum(), x.sum()]), across_processes).unbind()
+    count, total = global_sum(torch.stack([ones.sum(), x.sum()]), across_processes).unbind()
     count = count.clamp(min=1)
     mean = total / count
     centred = torch.where(mask, x - mean, 0.0)
     sums = torch.stack([centred.sum(), centred.square().sum()])
-    residual, squares = _global_sum(sums, across_processes).unbind()
+    residual, squares = global_sum(sums, across_processes).unbind()
     squares = (squares - residual * residual / count).clamp(min=0)
     return _Moments(mean + residual / count, squares / (count - 1).clamp(min=1))
 

@@ -163,8 +163,8 @@ def correct(
 
     Returns:
         The experience with importance weights, if `config` asks for them, and the metrics of
-        `ops.importance_weights`, always; both as they were, and none, for a rollout whose
-        log-probs are not known.
+        `ops.importance_weights` over all processes, always; both as they were, and none, for a
+        rollout whose log-probs are not known.
     """
     rollout = experience.rollout
     if rollout.logprobs is None:
@@ -177,6 +177,7 @@ def correct(
         mode=config.correction_mode,
         low=config.weight_low,
         high=config.weight_high,
+        across_processes=True,
     )
     if truncated or config.correction == "none":
         return experience, metrics

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import tempfile
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,3 +137,36 @@ def test_bad_options_are_named(options, message):
         importance_weights(OLD, ROLLOUT, MASK, **options)
     with pytest.raises(ValueError, match="rollout_logprobs has shape"):
         importance_weights(OLD, ROLLOUT[:1], MASK)
+
+
+def _weigh_a_share(rank, store, old, rollout, mask, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        rows = slice(0, 1) if rank == 0 else slice(1, 4)
+        share = old[rows], rollout[rows], mask[rows]
+        for together in (False, True):
+            weights, metrics = importance_weights(*share, across_processes=together)
+            found = {name: x.item() for name, x in metrics.items()}
+            results[rank, together] = weights.tolist(), found
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.processes
+def test_metrics_of_two_processes_are_those_of_all_tokens():
+    generator = torch.Generator().manual_seed(0)
+    old, rollout = torch.randn(2, 4, 5, dtype=torch.float64, generator=generator)
+    mask = torch.rand(4, 5, generator=generator) < 0.7
+    weights, metrics = importance_weights(old, rollout, mask)
+    with tempfile.TemporaryDirectory() as folder, mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_weigh_a_share, (f"{folder}/store", old, rollout, mask, results), nprocs=2)
+        got = dict(results)
+    for rank, rows in ((0, slice(0, 1)), (1, slice(1, 4))):
+        alone = importance_weights(old[rows], rollout[rows], mask[rows])[1]
+        for together, expected in ((True, metrics), (False, alone)):
+            found_weights, found = got[rank, together]
+            assert found == pytest.approx({name: x.item() for name, x in expected.items()})
+            assert found_weights == [pytest.approx(row) for row in weights[rows].tolist()]
+    assert got[0, False][1] != pytest.approx(got[1, False][1])
