@@ -11,8 +11,8 @@ RLHF_DEVICE bool last_block(unsigned* counter) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    // Between barriers one thread's fences stand for all of the block; they count only in the thread
-    // of the atomic operation.
+    // The barriers extend these fences to the whole block. In another thread they would not do: a
+    // fence counts only beside the atomic operation.
     __threadfence();
     last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
     if (last) __threadfence();

@@ -192,7 +192,7 @@ void cluster_wait(Site site) {
   meet(block->clusters, "a cluster's barrier", site, [&] {
     if (!block->cluster->wait())
       fail("a cluster's barrier at " + text(site) + " which not all blocks reach");
-    ++block->past.waits;
+    block->past.wait();
   });
   block->fiber->arrived_at_cluster = false;
 }
@@ -204,11 +204,13 @@ void fence() {
 }
 
 unsigned atomic_increment(unsigned* counter, unsigned most) {
+  watch(counter, sizeof(*counter), kAtomic, __builtin_return_address(0));
   unsigned old = __atomic_load_n(counter, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(counter, &old, old >= most ? 0 : old + 1, false,
-                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  block->past.atomic(block->place, counter);
+  block->past.atomic(block->place, counter, [&] {
+    while (!__atomic_compare_exchange_n(counter, &old, old >= most ? 0 : old + 1, false,
+                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  });
   pause();
   return old;
 }

@@ -14,6 +14,12 @@ struct Arguments {
   unsigned* ticket;
 };
 
+// More than a vector access takes, from a call: the compiler reports a range.
+struct Large {
+  double x[5];
+};
+__attribute__((noinline)) Large large(double x) { return {{x, 1, 2, 3, 4}}; }
+
 __global__ void kernel(Arguments a) {
   const std::string& fault = *a.fault;
   const int thread = threadIdx.x, lane = thread % 32;
@@ -53,6 +59,13 @@ __global__ void kernel(Arguments a) {
     a.data[0] = thread;
   } else if (fault == "halves of a word") {
     reinterpret_cast<uint16_t*>(a.data)[thread] = thread;
+  } else if (fault == "struct without a barrier" || fault == "struct") {
+    __shared__ Large structs[64];
+    structs[thread] = large(thread);
+    __syncthreads();
+    const Large other = structs[thread ^ 1];
+    if (fault == "struct") __syncthreads();
+    structs[thread] = other;
   } else if (fault == "what nobody wrote") {
     a.data[thread] = shared[thread];
   } else if (fault == "out of bounds") {
@@ -77,18 +90,20 @@ __global__ void kernel(Arguments a) {
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
   } else if (fault == "ticket without a fence" || fault == "no fence after the ticket" ||
-             fault == "no barrier before the ticket") {
+             fault == "no barrier before the ticket" || fault == "fence in another thread") {
     __shared__ bool last;
     const bool barrier = fault != "no barrier before the ticket";
+    const bool elsewhere = fault == "fence in another thread";
     if (thread == 1) a.data[blockIdx.x] = 1;
     if (barrier) __syncthreads();
     if (thread == 0) {
       if (fault != "ticket without a fence") __threadfence();
       last = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;
-      if (fault != "no fence after the ticket") __threadfence();
+      if (fault != "no fence after the ticket" && !elsewhere) __threadfence();
     }
     __syncthreads();
-    if (last && thread == 0)
+    if (elsewhere) __threadfence();
+    if (last && thread == elsewhere)
       for (unsigned i = 0; i < gridDim.x; ++i) a.data[gridDim.x] += a.data[i];
   } else if (fault == "ticket before the work" || fault == "none") {
     const bool late = fault != "none";
@@ -98,6 +113,49 @@ __global__ void kernel(Arguments a) {
     float sum = 0;
     for (unsigned i = 0; i < gridDim.x; ++i) sum += a.data[i];
     a.data[gridDim.x] = sum;
+  } else if (fault == "plain read of the ticket") {
+    if (thread != 0) return;
+    if (blockIdx.x % 2 == 0) atomicInc(a.ticket, ~0u);
+    if (blockIdx.x % 2 == 1) a.data[blockIdx.x] = *a.ticket;
+  } else if (fault == "third read") {
+    // Blocks 0 and 1 read; the last one, which only 0 released its reads to, writes.
+    float x = 0;
+    if (blockIdx.x < 2 && thread < 2) x = a.data[100];
+    if (blockIdx.x == 0) __syncthreads();
+    if (thread == 0) {
+      if (blockIdx.x != 1) __threadfence();
+      const bool last = atomicInc(a.ticket, ~0u) == 2;
+      __threadfence();
+      if (last) a.data[100] = 1;
+    }
+    a.data[blockIdx.x * blockDim.x + thread + 101] = x;
+  } else if (fault == "bytes of a word") {
+    reinterpret_cast<uint8_t*>(a.data)[thread] = thread;
+  } else if (fault == "over two tickets") {
+    // From block 0 to 1 by the first word, from 1 to 2 by the second.
+    if (thread != 0) return;
+    unsigned* ticket = a.ticket + (blockIdx.x == 2);
+    if (blockIdx.x == 0) a.data[0] = 1;
+    __threadfence();
+    const bool second = atomicInc(ticket, ~0u) == 1;
+    __threadfence();
+    if (blockIdx.x == 1 && second) atomicInc(a.ticket + 1, ~0u);
+    if (blockIdx.x == 2 && second) a.data[1] = a.data[0];
+  } else if (fault == "ticket after a cluster's barrier") {
+    // The cluster's first block takes the ticket for all of it.
+    a.data[blockIdx.x * blockDim.x + thread] = 1;
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+    if (blockIdx.x % 2 != 0) return;
+    __shared__ bool last;
+    if (thread == 0) {
+      __threadfence();
+      last = atomicInc(a.ticket, ~0u) == gridDim.x / 2 - 1;
+      __threadfence();
+    }
+    __syncthreads();
+    for (unsigned i = 0; last && i < gridDim.x; ++i)
+      a.data[gridDim.x * blockDim.x + thread] += a.data[i * blockDim.x + thread];
   } else if (fault == "ticket that is not atomic") {
     if (thread != 0) return;
     const unsigned seen = *a.ticket;

@@ -96,6 +96,7 @@ def test_another_order_of_threads_shows_a_missing_barrier():
         ("barrier on one side", r"shared memory: written at .*:(\d+) by .*, read at .*:(?!\1\b)"),
         ("one word for all", "race for memory: written at .*thread 0 of block 0, written"),
         ("what nobody wrote", "nobody has written the shared memory read at .*faults.cu"),
+        ("struct without a barrier", "race for shared memory: .*nothing orders"),
     ],
 )
 def test_accesses_of_a_block_that_no_barrier_orders_are_races(fault, message):
@@ -125,15 +126,18 @@ def test_a_block_that_ends_while_its_shared_memory_is_in_use_is_an_error():
     [
         ("ticket without a fence", "written at .*thread 1 of block 0, read .*thread 0 of block 7,"),
         ("no fence after the ticket", "thread 1 of block 0, read at .*thread 0 of block 7,"),
+        ("fence in another thread", "thread 1 of block 0, read at .*thread 1 of block 7,"),
         ("no barrier before the ticket", "thread 1 of block 0, read at .*thread 0 of block 7,"),
         ("ticket before the work", "thread 0 of block 0, read at .*thread 0 of block 7,"),
         ("ticket that is not atomic", "of block 0, .* by thread 0 of block 1,"),
+        ("plain read of the ticket", "changed by an atomic operation at .*0, read .* of block 1,"),
+        ("third read", "read at .*thread 0 of block 1, written .*thread 0 of block 2,"),
     ],
 )
 def test_accesses_of_blocks_that_no_ticket_orders_are_races(fault, message):
     """Run one after the other, so that nothing goes wrong."""
     with emulator("faults", races=True):
-        found = run(fault, data(), blocks=8)
+        found = run(fault, data(), blocks=3 if fault == "third read" else 8)
     assert re.search("race for memory: .*" + message, found), found
 
 
@@ -143,7 +147,11 @@ def test_accesses_of_blocks_that_no_ticket_orders_are_races(fault, message):
         ("none", {"blocks": 8}),
         ("barriers on both sides", {"blocks": 3}),
         ("halves of a word", {}),
+        ("struct", {}),
+        ("bytes of a word", {}),
         ("cluster", {"blocks": 8, "cluster": 2}),
+        ("over two tickets", {"blocks": 3}),
+        ("ticket after a cluster's barrier", {"blocks": 4, "cluster": 2}),
     ],
 )
 def test_ordered_accesses_are_no_races(launch):
@@ -151,7 +159,8 @@ def test_ordered_accesses_are_no_races(launch):
     for order in emulated_cuda.ORDERS:
         for workers in (1, 4):
             with emulator("faults", races=True, order=order, seed=2, workers=workers):
-                assert run(fault, data(), **grid) == ""
+                tickets = torch.zeros(2, dtype=torch.int32)
+                assert run(fault, data(), ticket=tickets, **grid) == ""
 
 
 def test_several_workers_show_a_ticket_that_does_not_count_what_comes_after():
