@@ -46,7 +46,7 @@ test-slow: $(READY)  ## the slow tests: longer learning runs, real data
 	$(BIN)/python -m pytest -m slow
 
 # As TRITON_INTERPRET=1 is for Triton: csrc's CUDA kernels, compiled for the CPU. With
-# RLHF_FAST_EMULATED_RACES=1 all tests look for races, not only those that are about them (twice the
+# RLHF_FAST_EMULATED_RACES=1 all tests look for races, not only those that are about them (3 times the
 # time, 50 times the memory of what they touch).
 EMULATOR := build/emulator
 test-emulated: $(READY)  ## the CUDA kernels in their emulator, on a CPU

@@ -22,7 +22,7 @@ from rlhf_fast.compiled import _losses, _rows, ppo_advantages
 
 BUILD = os.environ.get("RLHF_FAST_EMULATED_CUDA")
 RACES = os.environ.get("RLHF_FAST_EMULATED_RACES") == "1"
-"""Whether races are errors in all tests of the ops, which then take twice as long."""
+"""Whether races are errors in all tests of the ops, which then take three times as long."""
 ORDERS = ("in order", "reversed", "shuffled")
 
 
