@@ -1,15 +1,15 @@
-"""What PPO's models read of a ragged rollout: rows flush left, in micro-batches of like length."""
+"""What PPO's models read of a ragged rollout: micro-batches of rows of like length."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ragged_cases import COMPLETION, PROMPT, ragged, widened
 from trainer_cases import PROMPTS, assert_same, length_reward, ppo_config, weights
 
 from rlhf_fast import PPOTrainer, RewardModel
@@ -22,39 +22,8 @@ from rlhf_fast.trainers.experience import make_experience
 sys.path.append(str(Path(__file__).parent / "rollout"))
 from decode_cases import VOCABULARY, build  # noqa: E402
 
-PROMPT = [3, 3, 11, 11, 6, 6, 2, 2]  # pairs of one prompt
-COMPLETION = [5, 1, 9, 2, 14, 3, 8, 7]
 PADDED = 11 + 14  # columns; the rows have 8, 4, 20, 13, 20, 9, 10, 9
 SORTED = [(20, 20), (13, 10), (9, 9), (8, 4)]  # in micro-batches of two
-
-
-def ragged(logprobs=True):
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(n):
-        return torch.randint(5, 200, (n,), generator=generator).tolist()
-
-    prompts = [draw(n) for n in PROMPT[::2] for _ in (0, 1)]
-    for i in range(0, 8, 2):
-        prompts[i + 1] = prompts[i]
-    completions = [draw(n) for n in COMPLETION]
-    given = [[-6.0 - i / 8] * n for i, n in enumerate(COMPLETION)] if logprobs else None
-    return Rollout.from_lists(prompts, completions, pad_id=1, logprobs=given)
-
-
-def widened(rollout, left=3, right=4):
-    """With columns that no row uses."""
-
-    def widen(x, left):
-        return torch.nn.functional.pad(x, (left, right))
-
-    return dataclasses.replace(
-        rollout,
-        tokens=widen(rollout.tokens, left),
-        mask=widen(rollout.mask, left),
-        completion_mask=widen(rollout.completion_mask, 0),
-        logprobs=None if rollout.logprobs is None else widen(rollout.logprobs, 0),
-    )
 
 
 def reading_padded(monkeypatch):
@@ -80,58 +49,6 @@ def trainer_of(model, tokenizer, config, **options):
 
 
 SCORES = [0.0, 3.0, 1.0, 1.5, -2.0, 4.0, 0.5, 2.0]
-
-
-# What a rollout is to a model.
-
-
-def by_hand():
-    o, x = False, True
-    return Rollout(
-        tokens=torch.tensor([[0, 5, 6, 7, 8, 0], [9, 5, 6, 7, 8, 4], [0, 0, 0, 3, 0, 0]]),
-        mask=torch.tensor([[o, x, x, x, x, o], [x, x, x, x, x, x], [o, o, o, x, o, o]]),
-        # The second row's fourth and last tokens were not sampled: a tool's.
-        completion_mask=torch.tensor([[x, x, o], [o, x, o], [x, o, o]]),
-        finished=torch.tensor([True, False, True]),
-    )
-
-
-def test_rows_begin_in_the_first_column_and_end_with_their_last_sampled_token():
-    rollout = by_hand()
-    assert rollout.lengths.tolist() == [4, 5, 2]
-    batch = rollout.flush_left()
-    # Of a row without a prompt the column before the completion stays, masked.
-    assert batch.tokens[:, :2].tolist() == [[5, 6], [9, 5], [0, 3]]
-    assert batch.tokens.shape == (3, 5)
-    assert batch.mask.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 1, 0, 0, 0]]
-    assert batch.targets.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 0]]
-    assert batch.tokens[batch.targets].tolist() == [7, 8, 8, 3]
-    assert batch.completions(batch.tokens * 1.0).tolist() == [[7, 8, 0], [0, 8, 0], [3, 0, 0]]
-
-
-def test_columns_that_no_row_uses_are_not_read():
-    rollout = ragged()
-    narrow, wide = rollout.flush_left(), widened(rollout).flush_left()
-    assert narrow.tokens.shape == (8, 20)
-    for name in ("mask", "targets"):
-        assert torch.equal(getattr(narrow, name), getattr(wide, name))
-    assert torch.equal(narrow.tokens[narrow.mask], wide.tokens[wide.mask])
-    assert torch.equal(narrow.tokens[narrow.mask], rollout.tokens[rollout.mask])
-
-
-def test_a_long_prompt_beside_a_long_completion_shows_no_token_twice():
-    rollout = Rollout.from_lists([[5], [6] * 11], [[7] * 14, [8] * 9], pad_id=1)
-    batch = rollout.flush_left()
-    assert batch.tokens.shape == (2, 20)
-    assert batch.mask.sum(1).tolist() == [15, 20] and batch.targets.sum(1).tolist() == [14, 9]
-    assert batch.tokens[batch.mask].tolist() == rollout.tokens[rollout.mask].tolist()
-
-
-def test_a_row_in_which_nothing_was_sampled_takes_a_column():
-    rollout = ragged()
-    nothing = torch.zeros_like(rollout.completion_mask)
-    empty = dataclasses.replace(rollout, completion_mask=nothing)
-    assert empty.lengths.min() == 1 and not empty.flush_left().targets.any()
 
 
 # Micro-batches.
